@@ -1,0 +1,146 @@
+"""The network's configuration: the one typed boundary between Hydra's dictionaries and the model.
+
+It is saved as JSON beside every checkpoint, so that export and inference need neither Hydra nor Lightning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.errors import ConfigError, UserError
+
+ACTIVATIONS = ("silu", "relu2")
+ACTIVATION_SCALES = ("token", "block", "none")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape and switches of a GPT. The defaults are the Qwen3 block, which stock llama.cpp runs.
+
+    Raises `ConfigError` with every rule that the values break.
+    """
+
+    vocab_size: int = 4096
+    dim: int = 256
+    """width of the residual stream"""
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 4
+    """query head h reads key/value head h // (n_heads // n_kv_heads)"""
+    ffn_dim: int = 512
+    seq_len: int = 256
+    """longest sequence, in tokens"""
+    tied: bool = True
+    """the output matrix is the embedding table"""
+    rope_base: float = 100_000.0
+    norm_eps: float = 1e-6
+
+    qk_norm: bool = True
+    """RMSNorm of each query and key head before RoPE (off: exports as `llama`)"""
+    embedding_norm: bool = True
+    """gainless RMSNorm after the embedding; folded into the table at export"""
+    sub_norm: bool = False
+    """RMSNorm before the attention output and the FFN down projection (exports as `bitnet`)"""
+    activation: str = "silu"
+    """of the gated feed-forward: silu, or relu2 (which stock llama.cpp cannot run)"""
+    softcap: float = 0.0
+    """logits = softcap * tanh(logits / softcap); 0 is off (stock llama.cpp cannot run it with this block)"""
+
+    ternary: bool = True
+    """{-1, 0, 1} weights in the blocks' matrices; false is the float arm of a comparison"""
+    weight_block: int = 256
+    """weights that share one float16 scale, along the input dimension; 0 = one scale per matrix"""
+    activation_scale: str = "token"
+    """int8 activations by the absolute maximum per token, per block of 256 (as ggml's Q8_K), or none"""
+
+    streams: int = 1
+    """residual streams (hyper-connections); 1 is the plain residual"""
+
+    embedding_std: float | None = None
+    """None: 0.8 in front of an embedding norm, 0.02 without, 5.12 / dim when tied"""
+    head_std: float = 0.001
+    """of an untied output matrix"""
+    qk_gain: float = 1.2
+    """initial gain of the query and key norms"""
+    zero_init: bool = True
+    """attention output and FFN down projection start at zero"""
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise ConfigError(problems)
+
+    def _problems(self):
+        for field in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "seq_len", "streams"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                yield f"model.{field}={value!r} must be a whole number of at least 1."
+                return
+        if self.dim % self.n_heads:
+            yield f"model.dim={self.dim} is not divisible by model.n_heads={self.n_heads}."
+        elif self.head_dim % 2:
+            yield f"model.dim / model.n_heads = {self.head_dim} must be even, since RoPE turns pairs."
+        if self.n_heads % self.n_kv_heads:
+            yield f"model.n_heads={self.n_heads} is not divisible by model.n_kv_heads={self.n_kv_heads}."
+        if self.activation not in ACTIVATIONS:
+            yield f"model.activation={self.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}."
+        if self.activation_scale not in ACTIVATION_SCALES:
+            yield (
+                f"model.activation_scale={self.activation_scale!r} is unknown; "
+                f"choose one of {', '.join(ACTIVATION_SCALES)}."
+            )
+        if not isinstance(self.weight_block, int) or self.weight_block < 0:
+            yield f"model.weight_block={self.weight_block!r} must be 0 (one scale per matrix) or positive."
+        for field in ("rope_base", "norm_eps"):
+            if not getattr(self, field) > 0:
+                yield f"model.{field}={getattr(self, field)!r} must be positive."
+        for field in ("softcap", "head_std", "qk_gain"):
+            if not getattr(self, field) >= 0:
+                yield f"model.{field}={getattr(self, field)!r} must not be negative."
+        if self.embedding_std is not None and not self.embedding_std > 0:
+            yield f"model.embedding_std={self.embedding_std!r} must be positive (or null)."
+
+    @property
+    def head_dim(self) -> int:
+        """width of one attention head"""
+        return self.dim // self.n_heads
+
+    @property
+    def initial_embedding_std(self) -> float:
+        """Standard deviation of the embedding table at the start.
+
+        A tied table is also the output matrix: a token's own logit starts near dim * std, so that a std which does
+        not shrink with the width puts the initial loss far above ln(vocab_size).
+        """
+        if self.embedding_std is not None:
+            return self.embedding_std
+        if self.tied:
+            return 5.12 / self.dim
+        return 0.8 if self.embedding_norm else 0.02
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the configuration as JSON."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> GPTConfig:
+        """Build from a mapping; raises `UserError` when it has unknown keys (a file of a newer version)."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"the model's configuration has unknown keys: {', '.join(unknown)}.")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> GPTConfig:
+        """Read what `to_json` wrote; raises `UserError` when the file is missing or is not such a JSON."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is not a readable model configuration: {error}.") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path} is not a model configuration.")
+        return cls.from_dict(values)

@@ -1,0 +1,35 @@
+"""The gated feed-forward sub-layer (SwiGLU, arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat.model.bitlinear import BitLinear, int8_activation
+from nanochat.model.config import GPTConfig
+
+
+class FeedForward(nn.Module):
+    """norm, `down(activation(gate(x)) * up(x))` (no residual)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        d, hidden = config.dim, config.ffn_dim
+
+        def linear(inputs: int, outputs: int) -> BitLinear:
+            return BitLinear(inputs, outputs, config.ternary, config.weight_block)
+
+        self.norm = nn.RMSNorm(d, eps=config.norm_eps)
+        self.gate, self.up, self.down = linear(d, hidden), linear(d, hidden), linear(hidden, d)
+        self.sub_norm = nn.RMSNorm(hidden, eps=config.norm_eps) if config.sub_norm else None
+        self.activation = config.activation
+        self.int8 = config.activation_scale if config.ternary else "none"
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, d) -> (B, T, d)
+        h = int8_activation(self.norm(x), self.int8)
+        gate = self.gate(h)  # (B, T, ffn_dim)
+        gate = F.silu(gate) if self.activation == "silu" else F.relu(gate).square()
+        h = gate * self.up(h)
+        if self.sub_norm is not None:
+            h = self.sub_norm(h)
+        return self.down(int8_activation(h, self.int8))

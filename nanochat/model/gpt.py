@@ -1,0 +1,110 @@
+"""The network: embedding, blocks, final norm, and the output matrix that the objectives use."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat.errors import UserError
+from nanochat.model.attention import Attention, KeyValueCache
+from nanochat.model.config import GPTConfig
+from nanochat.model.feedforward import FeedForward
+from nanochat.model.rotary import rope_table
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.feedforward = FeedForward(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.attention(x, cos, sin, cache)  # (B, T, d)
+        return x + self.feedforward(x)
+
+
+class GPT(nn.Module):
+    """A decoder-only language model.
+
+    `hidden` gives what the head reads; the head and the loss live together in `nanochat.objectives`, so that the
+    logits of a training batch never exist whole. `logits` is for inference.
+    """
+
+    def __init__(self, config: GPTConfig, seed: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        cos, sin = rope_table(config.seq_len, config.head_dim, config.rope_base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.reset_parameters(seed)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Draw the initial weights; with a seed from a generator of its own, else from torch's global one.
+
+        | tensor | distribution |
+        |---|---|
+        | embedding | N(0, `initial_embedding_std`²) |
+        | head | N(0, `head_std`²) |
+        | attention output, FFN down | 0, or N(0, 1 / fan-in) without `zero_init` |
+        | other matrices | N(0, 1 / fan-in) |
+        | norm gains | 1; query and key norms `qk_gain` |
+        """
+        if self.embedding.weight.is_meta:
+            return
+        config = self.config
+        generator = None if seed is None else torch.Generator(self.embedding.weight.device).manual_seed(seed)
+        self.embedding.weight.normal_(0.0, config.initial_embedding_std, generator=generator)
+        if self.head is not None:
+            self.head.weight.normal_(0.0, config.head_std, generator=generator)
+        for name, parameter in self.blocks.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(config.qk_gain if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
+            elif config.zero_init and name.endswith(("attention.o.weight", "feedforward.down.weight")):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+        self.norm.weight.fill_(1.0)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, T, d), normalised if the model has an embedding norm."""
+        x = self.embedding(tokens)
+        if self.config.embedding_norm:
+            x = F.rms_norm(x, (self.config.dim,), eps=self.config.norm_eps)
+        return x
+
+    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None, start: int = 0) -> Tensor:
+        """The hidden states after the final norm.
+
+        tokens: (B, T) ids; start: position of the first token (the length of the cache); returns (B, T, d).
+        Raises `UserError` when the sequence is longer than the model's.
+        """
+        end = start + tokens.shape[1]
+        if end > self.config.seq_len:
+            raise UserError(f"a sequence of {end} tokens is longer than the model's {self.config.seq_len}.")
+        cos, sin = self.cos[start:end], self.sin[start:end]  # (T, head_dim / 2)
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, cos, sin, cache)
+        return self.norm(x)
+
+    def head_weight(self) -> Tensor:
+        """The output matrix (V, d): the embedding table when tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., V) in float32, soft-capped if the model is."""
+        logits = F.linear(hidden, self.head_weight()).float()
+        cap = self.config.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> logits (B, T, V)."""
+        return self.logits(self.hidden(tokens))
