@@ -1,0 +1,58 @@
+"""The next-token objective, and the place where a selector (Collider) enters."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nanochat.errors import ConfigError
+from nanochat.model import GPTConfig
+from nanochat.objectives.linear_cross_entropy import IGNORED, Selector, linear_cross_entropy
+from nanochat.objectives.step import Objective, Step
+
+
+class NextToken(Objective):
+    """Mean cross entropy of the next token.
+
+    Args:
+        label_smoothing: share of the probability spread over the vocabulary, in [0, 1).
+        z_loss: factor of logsumexp².
+        chunk: tokens whose logits exist at a time; None chooses by device.
+
+    `selector` is set and removed by a callback; it sees the losses of whole sequences and names the tokens to keep.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        seed: int = 0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"loss.label_smoothing={label_smoothing} must lie in [0, 1).")
+        if not z_loss >= 0:
+            raise ConfigError(f"loss.z_loss={z_loss} must not be negative.")
+        if chunk is not None and chunk < 1:
+            raise ConfigError(f"loss.chunk={chunk} must be at least 1 (or null).")
+        self.softcap = config.softcap
+        self.label_smoothing, self.z_loss, self.chunk = label_smoothing, z_loss, chunk
+        self.selector: Selector | None = None
+
+    def forward(self, step: Step) -> Tensor:
+        result = linear_cross_entropy(
+            step.hidden,
+            step.gpt.head_weight(),
+            step.targets,
+            softcap=self.softcap,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            selector=self.selector,
+            chunk=self.chunk,
+        )
+        step.per_token_loss, step.kept = result.per_token, result.kept
+        # the plain mean over all valid targets, so that runs with and without smoothing or a filter compare
+        valid = (step.targets != IGNORED).sum().clamp_min(1)
+        step.metrics["train/loss"] = result.per_token.sum() / valid
+        return result.loss

@@ -1,0 +1,43 @@
+"""What the objectives of one micro-batch share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from nanochat.model import GPT
+
+
+@dataclass
+class Step:
+    """One micro-batch on its way through the objectives; the next-token objective comes first and fills it in."""
+
+    gpt: GPT
+    tokens: Tensor
+    """(B, T) int64"""
+    targets: Tensor
+    """(B, T) int64; -100 is ignored"""
+    hidden: Tensor
+    """(B, T, d), after the final norm"""
+    step: int = 0
+    """optimizer steps done before this micro-batch"""
+    max_steps: int = 1
+    micro_step: int = 0
+    """micro-batches consumed before this one: with the seed, the whole randomness of an objective"""
+    per_token_loss: Tensor | None = None
+    """(B, T) next-token cross entropy in nats, detached; 0 where ignored"""
+    kept: Tensor | None = None
+    """(B, K) sorted positions that a selector kept; None = all"""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """scalars to log under their full names, detached"""
+
+
+class Objective(nn.Module):
+    """A term of the loss: `objective(step) -> scalar`. It may own parameters.
+
+    The LightningModule builds each objective as `_target_(**options, config=GPTConfig, seed=int)`.
+    """
+
+    def forward(self, step: Step) -> Tensor:
+        raise NotImplementedError
