@@ -25,6 +25,8 @@ class Step:
     max_steps: int = 1
     micro_step: int = 0
     """micro-batches consumed before this one: with the seed, the whole randomness of an objective"""
+    eot_id: int | None = None
+    """the token that starts each document; None when the data has no documents"""
     per_token_loss: Tensor | None = None
     """(B, T) next-token cross entropy in nats, detached; 0 where ignored"""
     kept: Tensor | None = None

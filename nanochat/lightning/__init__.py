@@ -1,0 +1,1 @@
+"""Training with Lightning: the module with the two seams, and the callbacks."""

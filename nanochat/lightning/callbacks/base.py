@@ -1,0 +1,29 @@
+"""What the callbacks share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+
+class StepCallback(Callback):
+    """A callback that works once per optimizer step, however many micro-batches make one.
+
+    Subclasses override `on_step_end`; `step` counts the optimizer steps done.
+    """
+
+    _seen: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self._seen:
+            self._seen = trainer.global_step
+            self.on_step_end(trainer, pl_module, trainer.global_step)
+
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """After optimizer step number `step`; `pl_module.step_metrics` holds its numbers."""
