@@ -74,7 +74,16 @@ class GPTConfig:
             raise ConfigError(problems)
 
     def _problems(self):
-        for field in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "seq_len", "streams"):
+        for field in (
+            "vocab_size",
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "ffn_dim",
+            "seq_len",
+            "streams",
+        ):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 yield f"model.{field}={value!r} must be a whole number of at least 1."

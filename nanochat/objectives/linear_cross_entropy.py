@@ -66,7 +66,9 @@ def linear_cross_entropy(
     if selector is not None:
         chunk = max(1, chunk // length) * length
     options = _Options(softcap, label_smoothing, z_loss, chunk, selector, (batch, length))
-    loss, per_token, kept = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), options)  # type: ignore[misc]
+    loss, per_token, kept = _LinearCrossEntropy.apply(
+        hidden.flatten(0, 1), weight, targets.flatten(), options
+    )  # type: ignore[misc]
     return LinearCrossEntropy(loss, per_token.view(batch, length), kept)
 
 
