@@ -1,0 +1,32 @@
+# make train: environment, installation and a real run.  make test: the same environment and every check.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install train test lint bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: install
+	$(BIN)/python train.py experiment=tiny
+
+test: install lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: install
+	$(BIN)/nanochat bench step
+	$(BIN)/nanochat bench loss
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
