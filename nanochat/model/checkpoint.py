@@ -7,7 +7,6 @@ own (an MTP head) under `objectives.`. Neither Hydra nor Lightning is needed to 
 
 from __future__ import annotations
 
-import pickle
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,11 +47,11 @@ class Run:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer, read when first asked for; raises `UserError` when the run has none."""
-        from nanochat.data.tokenizer import Tokenizer
-
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{self.folder} has no tokenizer.json, so its tokens cannot be turned into text.")
+        from nanochat.data.tokenizer import Tokenizer  # the network itself needs no data package
+
         return Tokenizer.load(path)
 
 
@@ -71,9 +70,7 @@ def find_checkpoint(path: str | Path, which: str | int = "last") -> tuple[Path, 
     path = Path(path)
     if path.is_file():
         if path.suffix != ".ckpt":
-            raise UserError(
-                f"{path} is not a run: give a run folder (such as outputs/latest) or a .ckpt file."
-            )
+            raise UserError(f"{path} is not a run: give a run folder (such as outputs/latest) or a .ckpt file.")
         folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         return folder, path
     if not path.is_dir():
@@ -99,21 +96,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except Exception as error:  # damaged bytes can make the unpickler raise anything
         raise UserError(
-            f"{path} cannot be read: it is truncated, corrupt, or not a nanochat checkpoint
-            ({_first_line(error)})."
+            f"{path} cannot be read: it is truncated, corrupt, or no nanochat checkpoint ({_first_line(error)})."
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{path} is not a nanochat checkpoint: it has no state_dict.")
+    for name, tensor in checkpoint["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(f"{path} is corrupt: its state_dict does not hold named tensors.")
     version = checkpoint.get("nanochat_format", CHECKPOINT_FORMAT)
     if not isinstance(version, int) or version > CHECKPOINT_FORMAT:
         raise UserError(
