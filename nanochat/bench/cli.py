@@ -1,0 +1,25 @@
+"""`nanochat bench NAME`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+
+import nanochat.bench
+from nanochat.errors import UserError
+
+NOT_BENCHES = {"cli", "measure"}
+
+
+def main(argv: list[str]) -> int:
+    """Run the bench that is named first; each is a module of this package with `main(argv)`."""
+    names = sorted({module.name for module in pkgutil.iter_modules(nanochat.bench.__path__)} - NOT_BENCHES)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: nanochat bench {{{','.join(names)}}} [options]")
+        return 0
+    if argv[0] not in names:
+        near = difflib.get_close_matches(argv[0], names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}."
+        raise UserError(f"there is no bench {argv[0]!r}{hint}")
+    return importlib.import_module(f"nanochat.bench.{argv[0]}").main(argv[1:])
