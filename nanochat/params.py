@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     if options.json:
         print(json.dumps({"parameters": total, "parts": counts, "training_bytes": 8 * total, "file_bytes": shipped}))
         return 0
-    note = "Training also holds a gradient as large as the weights, the optimizer's state (`nanochat bench optim`) and activations."
+    note = "Training also holds the gradients (as large as the weights), the optimizer's state and activations."
     columns = ["part", "parameters", "share", "float32 MB", "GGUF MB (TQ2_0, Q8_0)"]
     show(f"{config.n_layers} layers of width {config.dim}", columns, rows, [note])
     return 0

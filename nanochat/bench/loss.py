@@ -52,6 +52,11 @@ def _peak(arm: str, tokens: int, dim: int, vocabulary: int) -> int:
     return peak_extra_bytes(lambda: ARMS[arm](*inputs))
 
 
+def _times(shape: tuple[int, int, int], repeats: int) -> dict[str, float]:
+    inputs = _inputs(*shape)
+    return interleaved({name: lambda f=f: f(*inputs) for name, f in ARMS.items()}, repeats)
+
+
 def main(argv: list[str]) -> int:
     """Measure and print; returns the exit code."""
     parser = argparse.ArgumentParser(prog="nanochat bench loss", description=__doc__)
@@ -64,9 +69,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     shape = (options.tokens, options.dim, options.vocabulary)
-    inputs = _inputs(*shape)
-    times = interleaved({name: lambda f=f: f(*inputs) for name, f in ARMS.items()}, options.repeats)
-    del inputs
+    times = _times(shape, options.repeats)
     peaks = {name: in_child(_peak, name, *shape) for name in ARMS}
     figures: dict[str, Any] = {"tokens": shape[0], "dim": shape[1], "vocabulary": shape[2], "arms": {}}
     rows = []

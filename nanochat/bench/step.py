@@ -6,7 +6,6 @@ import argparse
 import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning

@@ -66,9 +66,7 @@ def linear_cross_entropy(
     if selector is not None:
         chunk = max(1, chunk // length) * length
     options = _Options(softcap, label_smoothing, z_loss, chunk, selector, (batch, length))
-    loss, per_token, kept = _LinearCrossEntropy.apply(
-        hidden.flatten(0, 1), weight, targets.flatten(), options
-    )  # type: ignore[misc]
+    loss, per_token, kept = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), options)  # type: ignore[misc]
     return LinearCrossEntropy(loss, per_token.view(batch, length), kept)
 
 
@@ -135,8 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("linear_cross_entropy keeps its gradient once: call backward a single time.")
         scale = upstream / ctx.divisor
         gradients = [
-            None if g is None else g.mul_(scale).to(dtype)
-            for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+            None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         ctx.gradients = None
         return gradients[0], gradients[1], None, None
