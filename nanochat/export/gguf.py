@@ -1,0 +1,348 @@
+"""A GGUF file that stock llama.cpp runs, with exactly the weights that were trained.
+
+| block | architecture in llama.cpp |
+|---|---|
+| default (QK-norm) | `qwen3` |
+| `qk_norm=false` | `llama`: the rows of q and k are permuted, since its RoPE turns neighbours |
+| `sub_norm=true`, `qk_norm=false` | `bitnet` |
+
+A norm after the embedding becomes part of the table: every row is divided by its root mean square. The output
+matrix is then another one than the table, and is written on its own also when the model is tied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import nanochat
+from nanochat.errors import UserError
+from nanochat.export.card import model_card
+from nanochat.export.packing import (
+    BLOCK,
+    EMBEDDING_TYPES,
+    TERNARY_TYPES,
+    TYPES,
+    ggml_type,
+    gguf_library,
+    pack,
+    packed_shape,
+)
+from nanochat.export.vocabulary import Vocabulary, read_vocabulary
+from nanochat.model.bitlinear import dequantise, ternarise
+from nanochat.model.checkpoint import Run
+from nanochat.model.config import GPTConfig
+
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "tq1_0": 36, "tq2_0": 37}  # general.file_type, llama_ftype
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the file: `values` makes its float32 matrix when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    values: Callable[[], np.ndarray]
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    path: Path
+    architecture: str
+    type: str
+    size: int
+    """bytes"""
+    f16_size: int
+    """bytes that the network's parameters take in float16"""
+    notes: list[str]
+
+
+def architecture(config: GPTConfig) -> str:
+    """llama.cpp's name for this network.
+
+    Raises `UserError` that names every switch which stands in the way.
+    """
+    obstacles = []
+    if config.activation != "silu":
+        obstacles.append(f"model.activation={config.activation} (silu is needed)")
+    if config.softcap:
+        obstacles.append(f"model.softcap={config.softcap} (0 is needed)")
+    if config.streams > 1:
+        obstacles.append(f"mhc.streams={config.streams} (export with --to nanochat instead)")
+    if config.sub_norm and config.qk_norm:
+        obstacles.append("model.sub_norm=true together with model.qk_norm=true (bitnet has no QK-norm)")
+    if config.sub_norm and (config.embedding_norm or not config.tied):
+        obstacles.append(
+            "model.sub_norm=true with an output matrix that is not the embedding table "
+            "(bitnet needs model.tied=true and model.embedding_norm=false)"
+        )
+    if obstacles:
+        raise UserError(f"stock llama.cpp cannot run this network: {'; '.join(obstacles)}.")
+    if config.sub_norm:
+        return "bitnet"
+    return "qwen3" if config.qk_norm else "llama"
+
+
+def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
+    """Raises `UserError` when the tensor type cannot hold this network's matrices exactly, naming the
+    option.
+    """
+    if kind not in TYPES:
+        raise UserError(f"--type {kind} is unknown; choose one of {', '.join(TYPES)}.")
+    if embedding_type not in EMBEDDING_TYPES:
+        raise UserError(f"--embedding-type {embedding_type} is unknown; choose one of {', '.join(EMBEDDING_TYPES)}.")
+    if config.dim % BLOCK[embedding_type]:
+        raise UserError(
+            f"--embedding-type {embedding_type} needs a width that is a multiple of {BLOCK[embedding_type]}, "
+            f"and model.dim is {config.dim}; use --embedding-type f16."
+        )
+    if kind not in TERNARY_TYPES:
+        return
+    if not config.ternary:
+        raise UserError(f"--type {kind} is for ternary weights, and model.ternary=false; use --type f16 or f32.")
+    if config.dim % BLOCK[kind]:
+        raise UserError(
+            f"--type {kind} needs a width that is a multiple of {BLOCK[kind]}, and model.dim is {config.dim}; "
+            f"use --type {'q4_0, ' if config.dim % 32 == 0 and kind != 'q4_0' else ''}f16 or f32."
+        )
+    if config.weight_block % BLOCK[kind]:
+        raise UserError(
+            f"--type {kind} has one scale for every {BLOCK[kind]} weights, and model.weight_block is "
+            f"{config.weight_block}; use --type f16 or f32."
+        )
+
+
+def padded_ffn(config: GPTConfig, kind: str) -> int:
+    """The feed-forward width in the file: the next multiple of the type's block."""
+    return -(-config.ffn_dim // BLOCK[kind]) * BLOCK[kind]
+
+
+def shipped(weight: Tensor, config: GPTConfig) -> np.ndarray:
+    """The float32 values that the forward pass multiplies by."""
+    weight = weight.detach().cpu().float()
+    if config.ternary:
+        weight = dequantise(*ternarise(weight, config.weight_block), config.weight_block)
+    return weight.numpy()
+
+
+def permute_heads(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q or k from the half-split pairing of RoPE to the neighbouring one, head by head."""
+    rows = values.reshape(heads, 2, -1, *values.shape[1:])
+    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(values.shape)
+
+
+def plan_tensors(config: GPTConfig, weights: dict[str, Tensor], kind: str, embedding_type: str) -> list[TensorPlan]:
+    """Every tensor of the file, in order. `weights` is `GPT.state_dict()`."""
+    arch = architecture(config)
+    check_type(config, kind, embedding_type)
+    ffn = padded_ffn(config, kind)
+    plans: list[TensorPlan] = []
+
+    def vector(name: str, source: str, size: int, scale: float = 1.0) -> None:
+        def values() -> np.ndarray:
+            gain = weights[source].detach().cpu().float().numpy() * np.float32(scale)
+            return np.pad(gain, (0, size - len(gain)))
+
+        plans.append(TensorPlan(f"{name}.weight", (size,), "f32", values, False))
+
+    def matrix(name: str, source: str, shape: tuple[int, int], heads: int = 0) -> None:
+        def values() -> np.ndarray:
+            dense = shipped(weights[source], config)
+            if heads and arch == "llama":
+                dense = permute_heads(dense, heads)
+            # zero rows and columns: SwiGLU of zero is zero, and nothing reads it
+            return np.pad(dense, [(0, size - now) for size, now in zip(shape, dense.shape, strict=True)])
+
+        plans.append(TensorPlan(f"{name}.weight", shape, kind, values, config.ternary))
+
+    table = weights["embedding.weight"]
+
+    def embedding() -> np.ndarray:
+        rows = table.detach().cpu().float()
+        if config.embedding_norm:
+            rows = torch.nn.functional.rms_norm(rows, (config.dim,), eps=config.norm_eps)
+        return rows.numpy()
+
+    def head() -> np.ndarray:
+        return weights.get("head.weight", table).detach().cpu().float().numpy()
+
+    width = (config.vocab_size, config.dim)
+    plans.append(TensorPlan("token_embd.weight", width, embedding_type, embedding, False))
+    vector("output_norm", "norm.weight", config.dim)
+    if config.embedding_norm or not config.tied:
+        plans.append(TensorPlan("output.weight", width, embedding_type, head, False))
+    d, kv = config.dim, config.n_kv_heads * config.head_dim
+    for layer in range(config.n_layers):
+        source, name = f"blocks.{layer}", f"blk.{layer}"
+        vector(f"{name}.attn_norm", f"{source}.attention.norm.weight", d)
+        matrix(f"{name}.attn_q", f"{source}.attention.q.weight", (d, d), config.n_heads)
+        matrix(f"{name}.attn_k", f"{source}.attention.k.weight", (kv, d), config.n_kv_heads)
+        matrix(f"{name}.attn_v", f"{source}.attention.v.weight", (kv, d))
+        matrix(f"{name}.attn_output", f"{source}.attention.o.weight", (d, d))
+        if config.qk_norm:
+            vector(f"{name}.attn_q_norm", f"{source}.attention.q_norm.weight", config.head_dim)
+            vector(f"{name}.attn_k_norm", f"{source}.attention.k_norm.weight", config.head_dim)
+        if config.sub_norm:
+            vector(f"{name}.attn_sub_norm", f"{source}.attention.sub_norm.weight", d)
+            # the mean square over a padded row is smaller by ffn_dim / ffn
+            scale = (config.ffn_dim / ffn) ** 0.5
+            vector(f"{name}.ffn_sub_norm", f"{source}.feedforward.sub_norm.weight", ffn, scale)
+        vector(f"{name}.ffn_norm", f"{source}.feedforward.norm.weight", d)
+        matrix(f"{name}.ffn_gate", f"{source}.feedforward.gate.weight", (ffn, d))
+        matrix(f"{name}.ffn_up", f"{source}.feedforward.up.weight", (ffn, d))
+        matrix(f"{name}.ffn_down", f"{source}.feedforward.down.weight", (d, ffn))
+    return plans
+
+
+def metadata(config: GPTConfig, kind: str, arch: str, vocabulary: Vocabulary, card: dict[str, Any]) -> dict:
+    """Every key of the file. `card` holds keys of a model card, such as `general.name`."""
+    return {
+        **card,
+        "general.type": "model",
+        "general.quantization_version": 2,
+        "general.file_type": FILE_TYPES[kind],
+        f"{arch}.context_length": config.seq_len,
+        f"{arch}.embedding_length": config.dim,
+        f"{arch}.block_count": config.n_layers,
+        f"{arch}.feed_forward_length": padded_ffn(config, kind),
+        f"{arch}.attention.head_count": config.n_heads,
+        f"{arch}.attention.head_count_kv": config.n_kv_heads,
+        f"{arch}.attention.key_length": config.head_dim,
+        f"{arch}.attention.value_length": config.head_dim,
+        f"{arch}.attention.layer_norm_rms_epsilon": config.norm_eps,
+        f"{arch}.rope.dimension_count": config.head_dim,
+        f"{arch}.rope.freq_base": config.rope_base,
+        f"{arch}.vocab_size": config.vocab_size,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": vocabulary.pre,
+        "tokenizer.ggml.tokens": vocabulary.tokens,
+        "tokenizer.ggml.token_type": vocabulary.types,
+        "tokenizer.ggml.merges": vocabulary.merges,
+        "tokenizer.ggml.bos_token_id": vocabulary.eot_id,
+        "tokenizer.ggml.eos_token_id": vocabulary.eot_id,
+        # a document begins with the separator in training, so a prompt does too
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.huggingface.json": vocabulary.source,
+        "nanochat.version": nanochat.__version__,
+        "nanochat.config": json.dumps(dataclasses.asdict(config)),
+    }
+
+
+def write_gguf(path: Path, arch: str, keys: dict[str, Any], plans: list[TensorPlan]) -> None:
+    """Write a GGUF file tensor by tensor, aside, and rename it when it is whole.
+
+    Raises `UserError` when the folder cannot be written or a tensor does not fit its type.
+    """
+    gguf = gguf_library()
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        writer = gguf.GGUFWriter(aside, arch)
+        for key, value in keys.items():
+            _add_key(writer, key, value)
+        for plan in plans:
+            shape, kind, size = packed_shape(plan.shape, plan.type)
+            writer.add_tensor_info(plan.name, shape, np.dtype(kind), size, raw_dtype=ggml_type(plan.type))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for plan in plans:
+            try:
+                writer.write_tensor_data(pack(plan.values(), plan.type, plan.exact))
+            except UserError as error:
+                raise UserError(f"{plan.name}: {error}") from error
+        for file in writer.fout or []:
+            file.flush()
+            os.fsync(file.fileno())
+        writer.close()
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _add_key(writer, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def export_gguf(
+    run: Run,
+    path: str | Path,
+    kind: str = "tq2_0",
+    embedding_type: str | None = None,
+    *,
+    force: bool = False,
+    name: str | None = None,
+    licence: str | None = None,
+) -> Report:
+    """Write a run as a GGUF file for stock llama.cpp.
+
+    Args:
+        run: from `nanochat.model.checkpoint.load_run`.
+        path: the file to write.
+        kind: type of the blocks' matrices: tq2_0, tq1_0, q4_0, f16 or f32.
+        embedding_type: type of the embedding and the output matrix: q8_0 (default beside the ternary types),
+            f16 or f32 (default beside f16 and f32).
+        force: replace an existing file.
+        name, licence: for the model card.
+
+    Raises:
+        UserError: a network that llama.cpp cannot run or a type that cannot hold it (naming the switch), a
+            file that exists, or a folder that cannot be written. Nothing is left behind then.
+    """
+    path = Path(path)
+    embedding_type = embedding_type or (kind if kind in ("f16", "f32") else "q8_0")
+    plans = plan_tensors(run.config, run.gpt.state_dict(), kind, embedding_type)
+    arch = architecture(run.config)
+    check_target(path, force)
+    vocabulary = read_vocabulary(run.folder / "tokenizer.json", run.config.vocab_size, run.tokenizer.eot_id)
+    keys = metadata(run.config, kind, arch, vocabulary, model_card(run, name, licence))
+    write_gguf(path, arch, keys, plans)
+    parameters = sum(parameter.numel() for parameter in run.gpt.parameters())
+    return Report(path, arch, kind, path.stat().st_size, 2 * parameters, _notes(run.config, kind, embedding_type))
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Raises `UserError` when `path` must not or cannot be written."""
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; name a file.")
+    if path.exists() and not force:
+        raise UserError(f"{path} exists; use --force to replace it, or --out for another file.")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.parent}.")
+
+
+def _notes(config: GPTConfig, kind: str, embedding_type: str) -> list[str]:
+    notes = []
+    if config.tied and config.embedding_norm:
+        notes.append(
+            "the embedding norm is folded into the table, so the tied output matrix is stored once more "
+            f"({config.vocab_size} x {config.dim} in {embedding_type})"
+        )
+    if padded_ffn(config, kind) != config.ffn_dim:
+        notes.append(f"the feed-forward width {config.ffn_dim} is padded with zeros to {padded_ffn(config, kind)}")
+    if config.ternary and kind in ("f16", "f32"):
+        notes.append("llama.cpp computes with float activations here; training rounded them to int8")
+    return notes

