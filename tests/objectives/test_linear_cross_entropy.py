@@ -1,0 +1,223 @@
+"""The chunked head and loss against a dense float64 one, and its promises: memory, autocast, one backward."""
+
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanochat.objectives import IGNORED, linear_cross_entropy
+
+OPTIONS = [
+    {},
+    {"softcap": 2.0},
+    {"label_smoothing": 0.1},
+    {"z_loss": 0.01},
+    {"softcap": 3.0, "label_smoothing": 0.2, "z_loss": 0.02},
+]
+
+
+def inputs(batch=3, length=14, dim=8, vocabulary=29, seed=0, ignored=0.2):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(batch, length, dim, generator=generator)
+    weight = torch.randn(vocabulary, dim, generator=generator)
+    targets = torch.randint(vocabulary, (batch, length), generator=generator)
+    targets[torch.rand(batch, length, generator=generator) < ignored] = IGNORED
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def dense(hidden, weight, targets, kept=None, *, softcap=0.0, label_smoothing=0.0, z_loss=0.0):
+    """The definition in float64: (loss, per-token losses, gradients of hidden and weight)."""
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    logits = h @ w.T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(
+        logits.flatten(0, 1),
+        targets.flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    losses = losses + z_loss * logits.logsumexp(-1).square().flatten()
+    mask = (targets != IGNORED).double()
+    if kept is not None:
+        mask = mask * torch.zeros_like(mask).scatter_(1, kept, 1.0)
+    loss = (losses * mask.flatten()).sum() / mask.sum().clamp_min(1)
+    loss.backward()
+    return loss.detach(), plain.view_as(targets).detach(), h.grad, w.grad
+
+
+def relative(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+class TopLoss:
+    """Keeps the highest scores of each sequence."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __call__(self, scores):
+        self.scores = scores
+        return scores.topk(self.count, dim=1).indices.sort(dim=1).values
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("chunk", [1, 5, 16, 1000, None])
+def test_loss_and_gradients_against_the_definition(options, chunk):
+    hidden, weight, targets = inputs()
+    result = linear_cross_entropy(hidden, weight, targets, chunk=chunk, **options)
+    (3.0 * result.loss).backward()
+    loss, per_token, grad_hidden, grad_weight = dense(hidden, weight, targets, **options)
+    assert relative(result.loss.detach(), loss) <= 1e-5
+    assert relative(result.per_token, per_token) <= 1e-5
+    assert relative(hidden.grad, 3 * grad_hidden) <= 1e-5
+    assert relative(weight.grad, 3 * grad_weight) <= 1e-5
+    assert result.kept is None
+    assert not result.per_token.requires_grad
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("chunk", [1, 28, None])
+def test_selector_is_the_dense_masked_loss(options, chunk):
+    hidden, weight, targets = inputs()
+    selector = TopLoss(5)
+    result = linear_cross_entropy(hidden, weight, targets, selector=selector, chunk=chunk, **options)
+    result.loss.backward()
+    _, plain, _, _ = dense(hidden, weight, targets, **options)
+    expected_kept = plain.masked_fill(targets == IGNORED, -torch.inf).topk(5, 1).indices.sort(1).values
+    assert torch.equal(result.kept, expected_kept)
+    loss, per_token, grad_hidden, grad_weight = dense(hidden, weight, targets, expected_kept, **options)
+    assert relative(result.loss.detach(), loss) <= 1e-5
+    assert relative(result.per_token, per_token) <= 1e-5
+    assert relative(hidden.grad, grad_hidden) <= 1e-5
+    assert relative(weight.grad, grad_weight) <= 1e-5
+    dropped = torch.ones_like(targets, dtype=torch.bool).scatter_(1, expected_kept, False)
+    assert not hidden.grad[dropped].any()
+    assert (selector.scores[-1, targets[-1] == IGNORED] == -torch.inf).all()
+
+
+def test_kept_but_ignored_targets_do_not_count():
+    hidden, weight, targets = inputs(batch=2, ignored=0.0)
+    targets[0, 2:] = IGNORED  # fewer valid targets than kept rows
+    result = linear_cross_entropy(hidden, weight, targets, selector=TopLoss(6))
+    result.loss.backward()
+    loss, _, grad_hidden, grad_weight = dense(hidden, weight, targets, result.kept)
+    assert relative(result.loss.detach(), loss) <= 1e-5
+    assert relative(hidden.grad, grad_hidden) <= 1e-5
+    assert relative(weight.grad, grad_weight) <= 1e-5
+
+
+@pytest.mark.parametrize("selector", [None, TopLoss(3)])
+def test_all_targets_ignored_is_zero_with_zero_gradients(selector):
+    hidden, weight, _ = inputs()
+    targets = torch.full((3, 14), IGNORED)
+    result = linear_cross_entropy(hidden, weight, targets, selector=selector, z_loss=0.1, label_smoothing=0.1)
+    result.loss.backward()
+    assert result.loss.item() == 0.0
+    assert not result.per_token.any()
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize(("need_hidden", "need_weight"), [(True, False), (False, True)])
+def test_only_the_gradient_that_is_needed(need_hidden, need_weight):
+    hidden, weight, targets = inputs()
+    hidden.requires_grad_(need_hidden)
+    weight.requires_grad_(need_weight)
+    linear_cross_entropy(hidden, weight, targets).loss.backward()
+    _, _, grad_hidden, grad_weight = dense(hidden, weight, targets)
+    for tensor, needed, expected in ((hidden, need_hidden, grad_hidden), (weight, need_weight, grad_weight)):
+        assert (tensor.grad is not None) == needed
+        if needed:
+            assert relative(tensor.grad, expected) <= 1e-5
+
+
+def test_without_gradients():
+    hidden, weight, targets = inputs()
+    with torch.no_grad():
+        result = linear_cross_entropy(hidden, weight, targets)
+    assert relative(result.loss, dense(hidden, weight, targets)[0]) <= 1e-5
+
+
+def test_large_logits_stay_finite():
+    hidden, weight, targets = inputs()
+    with torch.no_grad():
+        hidden.mul_(1e3)
+    result = linear_cross_entropy(hidden, weight, targets)
+    result.loss.backward()
+    loss, _, grad_hidden, _ = dense(hidden, weight, targets)
+    assert relative(result.loss.detach(), loss) <= 1e-5
+    assert relative(hidden.grad, grad_hidden) <= 1e-5
+
+
+@pytest.mark.parametrize("selector", [None, TopLoss(9)])
+def test_bf16_autocast(selector):
+    hidden, weight, targets = inputs(dim=64, vocabulary=301)
+    with torch.no_grad():
+        weight.mul_(0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = linear_cross_entropy(hidden, weight, targets, selector=selector, chunk=14)
+    result.loss.backward()
+    assert result.loss.dtype == result.per_token.dtype == torch.float32
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+    loss, _, grad_hidden, grad_weight = dense(hidden, weight, targets, result.kept)
+    assert relative(result.loss.detach(), loss) <= 2e-3
+    assert relative(hidden.grad, grad_hidden) <= 1e-2
+    assert relative(weight.grad, grad_weight) <= 1e-2
+
+
+def test_bf16_weight_gradient_is_accumulated_in_float32():
+    # 512 equal contributions: a bfloat16 running sum would stop growing half-way
+    hidden = torch.ones(1, 512, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    linear_cross_entropy(hidden, weight, torch.zeros(1, 512, dtype=torch.long), chunk=1).loss.backward()
+    assert weight.grad[:, 0].tolist() == [-0.5, 0.5]
+
+
+def test_a_second_backward_raises():
+    hidden, weight, targets = inputs()
+    loss = linear_cross_entropy(hidden, weight, targets).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that were alive at once in tensors made inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors, self.peak = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.tensors += [
+            weakref.ref(t) for t in (out if isinstance(out, (tuple, list)) else (out,)) if hasattr(t, "data_ptr")
+        ]
+        self.tensors = [ref for ref in self.tensors if ref() is not None]
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for ref in self.tensors
+            if (t := ref()) is not None
+        }
+        self.peak = max(self.peak, sum(storages.values()))
+        return out
+
+
+@pytest.mark.parametrize("selector", [None, TopLoss(3)])
+def test_peak_memory_does_not_grow_with_the_tokens(selector):
+    vocabulary, dim, length = 4000, 4, 8
+    peaks = []
+    for batch in (2, 40):
+        hidden, weight, targets = inputs(batch, length, dim, vocabulary)
+        with LiveBytes() as live:
+            linear_cross_entropy(hidden, weight, targets, selector=selector, chunk=length).loss.backward()
+        per_token_tensors = 4 * batch * length * (dim + 8)
+        peaks.append(live.peak - per_token_tensors)
+        logits_of_all = 4 * batch * length * vocabulary
+    assert abs(peaks[1] - peaks[0]) < 0.1 * peaks[0]
+    assert peaks[1] < 0.2 * logits_of_all
