@@ -5,6 +5,7 @@
 | default (QK-norm) | `qwen3` |
 | `qk_norm=false` | `llama`: the rows of q and k are permuted, since its RoPE turns neighbours |
 | `sub_norm=true`, `qk_norm=false` | `bitnet` |
+| anything, with `own=True` | `nanochat`: only nanochat runs it |
 
 A norm after the embedding becomes part of the table: every row is divided by its root mean square. The output
 matrix is then another one than the table, and is written on its own also when the model is tied.
@@ -15,18 +16,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 import nanochat
 from nanochat.errors import UserError
 from nanochat.export.card import model_card
+from nanochat.export.gguf_reader import GGUFFile
+from nanochat.export.gguf_tensors import OWN, TensorPlan, folds_embedding, padded_ffn, plan_tensors
 from nanochat.export.packing import (
     BLOCK,
     EMBEDDING_TYPES,
@@ -38,22 +38,10 @@ from nanochat.export.packing import (
     packed_shape,
 )
 from nanochat.export.vocabulary import Vocabulary, read_vocabulary
-from nanochat.model.bitlinear import dequantise, ternarise
 from nanochat.model.checkpoint import Run
 from nanochat.model.config import GPTConfig
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "tq1_0": 36, "tq2_0": 37}  # general.file_type, llama_ftype
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One tensor of the file: `values` makes its float32 matrix when its turn comes."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    values: Callable[[], np.ndarray]
-    exact: bool
 
 
 @dataclass(frozen=True)
@@ -125,94 +113,9 @@ def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
         )
 
 
-def padded_ffn(config: GPTConfig, kind: str) -> int:
-    """The feed-forward width in the file: the next multiple of the type's block."""
-    return -(-config.ffn_dim // BLOCK[kind]) * BLOCK[kind]
-
-
-def shipped(weight: Tensor, config: GPTConfig) -> np.ndarray:
-    """The float32 values that the forward pass multiplies by."""
-    weight = weight.detach().cpu().float()
-    if config.ternary:
-        weight = dequantise(*ternarise(weight, config.weight_block), config.weight_block)
-    return weight.numpy()
-
-
-def permute_heads(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k from the half-split pairing of RoPE to the neighbouring one, head by head."""
-    rows = values.reshape(heads, 2, -1, *values.shape[1:])
-    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(values.shape)
-
-
-def plan_tensors(config: GPTConfig, weights: dict[str, Tensor], kind: str, embedding_type: str) -> list[TensorPlan]:
-    """Every tensor of the file, in order. `weights` is `GPT.state_dict()`."""
-    arch = architecture(config)
-    check_type(config, kind, embedding_type)
-    ffn = padded_ffn(config, kind)
-    plans: list[TensorPlan] = []
-
-    def vector(name: str, source: str, size: int, scale: float = 1.0) -> None:
-        def values() -> np.ndarray:
-            gain = weights[source].detach().cpu().float().numpy() * np.float32(scale)
-            return np.pad(gain, (0, size - len(gain)))
-
-        plans.append(TensorPlan(f"{name}.weight", (size,), "f32", values, False))
-
-    def matrix(name: str, source: str, shape: tuple[int, int], heads: int = 0) -> None:
-        def values() -> np.ndarray:
-            dense = shipped(weights[source], config)
-            if heads and arch == "llama":
-                dense = permute_heads(dense, heads)
-            # zero rows and columns: SwiGLU of zero is zero, and nothing reads it
-            return np.pad(dense, [(0, size - now) for size, now in zip(shape, dense.shape, strict=True)])
-
-        plans.append(TensorPlan(f"{name}.weight", shape, kind, values, config.ternary))
-
-    table = weights["embedding.weight"]
-
-    def embedding() -> np.ndarray:
-        rows = table.detach().cpu().float()
-        if config.embedding_norm:
-            rows = torch.nn.functional.rms_norm(rows, (config.dim,), eps=config.norm_eps)
-        return rows.numpy()
-
-    def head() -> np.ndarray:
-        return weights.get("head.weight", table).detach().cpu().float().numpy()
-
-    width = (config.vocab_size, config.dim)
-    plans.append(TensorPlan("token_embd.weight", width, embedding_type, embedding, False))
-    vector("output_norm", "norm.weight", config.dim)
-    if config.embedding_norm or not config.tied:
-        plans.append(TensorPlan("output.weight", width, embedding_type, head, False))
-    d, kv = config.dim, config.n_kv_heads * config.head_dim
-    for layer in range(config.n_layers):
-        source, name = f"blocks.{layer}", f"blk.{layer}"
-        vector(f"{name}.attn_norm", f"{source}.attention.norm.weight", d)
-        matrix(f"{name}.attn_q", f"{source}.attention.q.weight", (d, d), config.n_heads)
-        matrix(f"{name}.attn_k", f"{source}.attention.k.weight", (kv, d), config.n_kv_heads)
-        matrix(f"{name}.attn_v", f"{source}.attention.v.weight", (kv, d))
-        matrix(f"{name}.attn_output", f"{source}.attention.o.weight", (d, d))
-        if config.qk_norm:
-            vector(f"{name}.attn_q_norm", f"{source}.attention.q_norm.weight", config.head_dim)
-            vector(f"{name}.attn_k_norm", f"{source}.attention.k_norm.weight", config.head_dim)
-        if config.sub_norm:
-            vector(f"{name}.attn_sub_norm", f"{source}.attention.sub_norm.weight", d)
-            # the mean square over a padded row is smaller by ffn_dim / ffn
-            scale = (config.ffn_dim / ffn) ** 0.5
-            vector(f"{name}.ffn_sub_norm", f"{source}.feedforward.sub_norm.weight", ffn, scale)
-        vector(f"{name}.ffn_norm", f"{source}.feedforward.norm.weight", d)
-        matrix(f"{name}.ffn_gate", f"{source}.feedforward.gate.weight", (ffn, d))
-        matrix(f"{name}.ffn_up", f"{source}.feedforward.up.weight", (ffn, d))
-        matrix(f"{name}.ffn_down", f"{source}.feedforward.down.weight", (d, ffn))
-    return plans
-
-
-def metadata(config: GPTConfig, kind: str, arch: str, vocabulary: Vocabulary, card: dict[str, Any]) -> dict:
-    """Every key of the file. `card` holds keys of a model card, such as `general.name`."""
+def network_keys(config: GPTConfig, arch: str, kind: str) -> dict[str, Any]:
+    """The keys that describe the network to whoever runs it."""
     return {
-        **card,
-        "general.type": "model",
-        "general.quantization_version": 2,
         "general.file_type": FILE_TYPES[kind],
         f"{arch}.context_length": config.seq_len,
         f"{arch}.embedding_length": config.dim,
@@ -226,6 +129,24 @@ def metadata(config: GPTConfig, kind: str, arch: str, vocabulary: Vocabulary, ca
         f"{arch}.rope.dimension_count": config.head_dim,
         f"{arch}.rope.freq_base": config.rope_base,
         f"{arch}.vocab_size": config.vocab_size,
+    }
+
+
+def check_keys(file: GGUFFile, config: GPTConfig, arch: str, kind: str) -> None:
+    """Raises `UserError` that names the first key of `network_keys` which a file lacks or contradicts."""
+    for key, expected in network_keys(config, arch, kind).items():
+        found = file.metadata.get(key)
+        if found != (float(np.float32(expected)) if isinstance(expected, float) else expected):
+            raise UserError(f"{file.path}: the key {key} is {found!r} instead of {expected!r}.")
+
+
+def metadata(config: GPTConfig, kind: str, arch: str, vocabulary: Vocabulary, card: dict[str, Any]) -> dict:
+    """Every key of the file. `card` holds keys of a model card, such as `general.name`."""
+    return {
+        **card,
+        "general.type": "model",
+        "general.quantization_version": 2,
+        **network_keys(config, arch, kind),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": vocabulary.pre,
         "tokenizer.ggml.tokens": vocabulary.tokens,
@@ -293,11 +214,12 @@ def export_gguf(
     kind: str = "tq2_0",
     embedding_type: str | None = None,
     *,
+    own: bool = False,
     force: bool = False,
     name: str | None = None,
     licence: str | None = None,
 ) -> Report:
-    """Write a run as a GGUF file for stock llama.cpp.
+    """Write a run as a GGUF file for stock llama.cpp, or as one that only nanochat runs.
 
     Args:
         run: from `nanochat.model.checkpoint.load_run`.
@@ -305,6 +227,8 @@ def export_gguf(
         kind: type of the blocks' matrices: tq2_0, tq1_0, q4_0, f16 or f32.
         embedding_type: type of the embedding and the output matrix: q8_0 (default beside the ternary types),
             f16 or f32 (default beside f16 and f32).
+        own: use the architecture name `nanochat`, which holds every switch of this network; any GGUF tool can read
+            the tensors, and nanochat can run them.
         force: replace an existing file.
         name, licence: for the model card.
 
@@ -314,14 +238,15 @@ def export_gguf(
     """
     path = Path(path)
     embedding_type = embedding_type or (kind if kind in ("f16", "f32") else "q8_0")
-    plans = plan_tensors(run.config, run.gpt.state_dict(), kind, embedding_type)
-    arch = architecture(run.config)
+    arch = OWN if own else architecture(run.config)
+    check_type(run.config, kind, embedding_type)
     check_target(path, force)
+    plans = plan_tensors(run.config, run.gpt.state_dict(), arch, kind, embedding_type)
     vocabulary = read_vocabulary(run.folder / "tokenizer.json", run.config.vocab_size, run.tokenizer.eot_id)
     keys = metadata(run.config, kind, arch, vocabulary, model_card(run, name, licence))
     write_gguf(path, arch, keys, plans)
     parameters = sum(parameter.numel() for parameter in run.gpt.parameters())
-    return Report(path, arch, kind, path.stat().st_size, 2 * parameters, _notes(run.config, kind, embedding_type))
+    return Report(path, arch, kind, path.stat().st_size, 2 * parameters, _notes(run.config, arch, kind, embedding_type))
 
 
 def check_target(path: Path, force: bool) -> None:
@@ -334,15 +259,15 @@ def check_target(path: Path, force: bool) -> None:
         raise UserError(f"--out {path}: there is no folder {path.parent}.")
 
 
-def _notes(config: GPTConfig, kind: str, embedding_type: str) -> list[str]:
+def _notes(config: GPTConfig, arch: str, kind: str, embedding_type: str) -> list[str]:
     notes = []
-    if config.tied and config.embedding_norm:
+    if config.tied and folds_embedding(config, arch):
         notes.append(
             "the embedding norm is folded into the table, so the tied output matrix is stored once more "
             f"({config.vocab_size} x {config.dim} in {embedding_type})"
         )
     if padded_ffn(config, kind) != config.ffn_dim:
         notes.append(f"the feed-forward width {config.ffn_dim} is padded with zeros to {padded_ffn(config, kind)}")
-    if config.ternary and kind in ("f16", "f32"):
+    if config.ternary and kind in ("f16", "f32") and arch != OWN:
         notes.append("llama.cpp computes with float activations here; training rounded them to int8")
     return notes

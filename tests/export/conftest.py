@@ -83,6 +83,7 @@ def corpus(tokenizer_file, text) -> torch.Tensor:
     return torch.tensor(RunTokenizer(tokenizer_file).encode(text))
 
 
+@torch.enable_grad()
 def train(gpt: GPT, corpus: torch.Tensor, steps: int, length: int = 64, batch: int = 8) -> float:
     """A few steps of AdamW, so that the weights are not noise; returns the last loss."""
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=3e-3)

@@ -1,0 +1,124 @@
+"""`nanochat export`, `nanochat verify`, `nanochat import`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanochat.errors import UserError
+from nanochat.export.gguf import Report, export_gguf
+from nanochat.export.gguf_tensors import OWN
+from nanochat.export.huggingface import export_huggingface
+from nanochat.export.packing import EMBEDDING_TYPES, TYPES
+from nanochat.export.read_back import import_export
+from nanochat.export.verify import verify
+from nanochat.model.checkpoint import load_run
+
+_PROGRAMS = {
+    "gguf": "runs in stock llama.cpp and what is built on it (Ollama, LM Studio, ...)",
+    "nanochat": "runs in nanochat only; any GGUF tool can read its tensors",
+    "safetensors": "runs in transformers and what reads its folders",
+}
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """Options of `nanochat export`."""
+    options = argparse.ArgumentParser(prog="nanochat export", description="Write a trained model for other programs.")
+    options.add_argument("run", help="run folder (outputs/latest) or .ckpt file")
+    options.add_argument("--to", choices=tuple(_PROGRAMS), default="gguf", help="format (gguf)")
+    options.add_argument(
+        "--type", help=f"of the matrices: {', '.join(TYPES)} (tq2_0; f32 for safetensors and float models)"
+    )
+    options.add_argument("--embedding-type", help=f"of the embedding and output matrix: {', '.join(EMBEDDING_TYPES)}")
+    options.add_argument("--out", type=Path, help="file or folder to write (beside the run's model.json)")
+    options.add_argument("--force", action="store_true", help="replace an existing file")
+    options.add_argument("--name", help="name for the model card (the run's task_name)")
+    options.add_argument("--license", help="SPDX identifier for the model card")
+    options.add_argument("--checkpoint", default="last", metavar="STEP", help="last, or a step that was kept")
+    return options
+
+
+def export_main(argv: Sequence[str]) -> int:
+    """Run `nanochat export`; raises `UserError` for what the user can mend."""
+    options = export_parser().parse_args(argv)
+    run = load_run(options.run, options.checkpoint)
+    if options.to == "safetensors":
+        if options.embedding_type:
+            raise UserError("--embedding-type is for GGUF files; safetensors has one type, --type f32 or f16.")
+        report = export_huggingface(
+            run, options.out or run.folder / "huggingface", options.type or "f32", force=options.force
+        )
+    else:
+        kind = options.type or ("tq2_0" if run.config.ternary else "f16")
+        own = options.to == "nanochat"
+        stem = f"{OWN}-{kind}" if own else f"model-{kind}"
+        report = export_gguf(
+            run,
+            options.out or run.folder / f"{stem}.gguf",
+            kind,
+            options.embedding_type,
+            own=own,
+            force=options.force,
+            name=options.name,
+            licence=options.license,
+        )
+    _print_report(report, _PROGRAMS[options.to])
+    return 0
+
+
+def _print_report(report: Report, programs: str) -> None:
+    share = report.size / report.f16_size
+    print(f"{report.path}: {report.architecture}, {report.type}, {report.size:,} bytes ({share:.2f} of float16)")
+    print(f"  {programs}")
+    for note in report.notes:
+        print(f"  note: {note}")
+
+
+def verify_parser() -> argparse.ArgumentParser:
+    """Options of `nanochat verify`."""
+    options = argparse.ArgumentParser(
+        prog="nanochat verify", description="Check an exported file: structure, hash, and the same logits."
+    )
+    options.add_argument("file", type=Path, help="GGUF file or safetensors folder")
+    options.add_argument("--run", help="compare with this run")
+    options.add_argument("--checkpoint", default="last", metavar="STEP", help="of the run: last, or a kept step")
+    options.add_argument("--tensors", action="store_true", help="list every tensor")
+    return options
+
+
+def verify_main(argv: Sequence[str]) -> int:
+    """Run `nanochat verify`: 0 when everything holds, 1 when a comparison fails."""
+    options = verify_parser().parse_args(argv)
+    run = load_run(options.run, options.checkpoint) if options.run else None
+    found = verify(options.file, run)
+    print(f"{found.path}: {found.description}")
+    print(f"  SHA-256 {found.sha256}")
+    if options.tensors:
+        for name, kind, shape in found.tensors:
+            print(f"  {name:32} {kind:6} {' x '.join(map(str, shape))}")
+    print("  ok    structure")
+    for comparison in found.comparisons:
+        print(f"  {comparison}")
+    for note in found.notes:
+        print(f"  note: {note}")
+    return 0 if found.passed else 1
+
+
+def import_parser() -> argparse.ArgumentParser:
+    """Options of `nanochat import`."""
+    options = argparse.ArgumentParser(
+        prog="nanochat import", description="Make a run folder from a file that nanochat exported."
+    )
+    options.add_argument("file", type=Path, help="GGUF file or safetensors folder")
+    options.add_argument("--out", type=Path, help="run folder to make (outputs/imported-NAME)")
+    options.add_argument("--force", action="store_true", help="replace an earlier import")
+    return options
+
+
+def import_main(argv: Sequence[str]) -> int:
+    """Run `nanochat import`; raises `UserError` for what the user can mend."""
+    options = import_parser().parse_args(argv)
+    out = options.out or Path("outputs") / f"imported-{options.file.resolve().stem}"
+    print(f"{import_export(options.file, out, force=options.force)}: use it as RUN, as in nanochat generate {out}")
+    return 0

@@ -1,0 +1,141 @@
+"""Exported files as networks and as runs again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanochat.errors import UserError
+from nanochat.export.gguf import FILE_TYPES
+from nanochat.export.gguf_reader import GGUFFile
+from nanochat.export.gguf_tensors import read_network
+from nanochat.export.huggingface import read_config, read_huggingface
+from nanochat.model.bitlinear import BitLinear, dequantise, ternarise
+from nanochat.model.checkpoint import CHECKPOINT_FORMAT, build_gpt
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A network read from a file."""
+
+    path: Path
+    architecture: str
+    type: str
+    config: GPTConfig
+    """of the network in the file; an embedding norm that was folded is off here"""
+    weights: dict[str, Tensor]
+    """by the names of `GPT.state_dict()`, float32, matrices de-quantised"""
+    tokenizer: str | None
+    """`tokenizer.json`"""
+    step: int = 0
+
+
+def read_export(path: str | Path) -> Exported:
+    """Read a GGUF file or a safetensors folder that nanochat wrote.
+
+    Raises `UserError` for a file that is missing, damaged, or of another program.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        path = path.parent
+    if path.is_dir():
+        config, weights, kind = read_huggingface(path)
+        tokenizer = path / "tokenizer.json"
+        text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None
+        return Exported(path, kind, "safetensors", config, weights, text)
+    with GGUFFile(path) as file:
+        arch = file.get("general.architecture", str)
+        if "nanochat.config" not in file.metadata:
+            raise UserError(f"{path} was not written by nanochat: it lacks the key nanochat.config.")
+        try:
+            values = json.loads(file.get("nanochat.config", str))
+        except ValueError as error:
+            raise UserError(f"{path} has a damaged model configuration: {error}.") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path} has a damaged model configuration.")
+        kinds = {number: name for name, number in FILE_TYPES.items()}
+        kind = kinds.get(file.get("general.file_type", int))
+        if kind is None:
+            raise UserError(f"{path} has a general.file_type that nanochat does not write.")
+        config, weights = read_network(file, read_config(values, path), arch, kind)
+        tokenizer_json = file.get("tokenizer.huggingface.json", str, "") or None
+        return Exported(path, arch, kind, config, weights, tokenizer_json, file.get("nanochat.step", int, 0))
+
+
+def network(exported: Exported) -> GPT:
+    """The network of a file, for inference, with the matrices as they are there."""
+    gpt = build_gpt(exported.config, exported.weights, source=exported.path)
+    for module in gpt.modules():
+        if isinstance(module, BitLinear):
+            module.ternary = False
+    return gpt.requires_grad_(False).eval()
+
+
+def latent_weight(values: Tensor, block: int) -> Tensor:
+    """A float matrix that `ternarise` maps to exactly these values.
+
+    The scale of a block is the mean of its magnitudes, which zeros lower: non-zero values are raised by the
+    inverse of their share, so that the mean is the scale again.
+
+    values: (out, in) in {-s, 0, s} per block; block: as in `ternarise`.
+    """
+    rows, cols = values.shape
+    parts = [values.reshape(1, -1)] if block == 0 else list(values.split(block, dim=1))
+    raised = []
+    for part in parts:
+        share = (part != 0).double().mean(-1, keepdim=True).clamp_min(1e-12)
+        raised.append((part.double() / share).float())
+    return torch.cat(raised, 1).view(rows, cols)
+
+
+def import_export(path: str | Path, out: str | Path, *, force: bool = False) -> Path:
+    """Make a run folder with one checkpoint from an exported file; returns the folder.
+
+    The matrices that its network multiplies by are bit-equal to the file's.
+
+    Raises:
+        UserError: a file that cannot be read, a folder that exists, or that cannot be written.
+    """
+    exported, out = read_export(path), Path(out)
+    if out.exists():
+        if not force:
+            raise UserError(f"{out} exists; use --force to replace it, or choose another --out.")
+        if not (out / "model.json").is_file() or (out / "metrics.csv").exists() or (out / "config.yaml").exists():
+            raise UserError(f"{out} is not an imported model, so --force does not replace it; choose another --out.")
+    gpt = build_gpt(exported.config, exported.weights, source=exported.path)
+    weights = dict(exported.weights)
+    for name, module in gpt.named_modules():
+        if isinstance(module, BitLinear) and module.ternary:
+            values = weights[f"{name}.weight"]
+            latent = latent_weight(values, module.block)
+            if not torch.equal(dequantise(*ternarise(latent, module.block), module.block), values):
+                raise UserError(f"{path}: {name} does not hold ternary weights on the grid of this network.")
+            weights[f"{name}.weight"] = latent
+    checkpoint = {
+        "state_dict": {f"gpt.{name}": tensor for name, tensor in weights.items()},
+        "global_step": exported.step,
+        "nanochat_format": CHECKPOINT_FORMAT,
+    }
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        (aside / "checkpoints").mkdir(parents=True)
+        exported.config.to_json(aside / "model.json")
+        if exported.tokenizer is not None:
+            (aside / "tokenizer.json").write_text(exported.tokenizer, encoding="utf-8")
+        torch.save(checkpoint, aside / "checkpoints" / "last.ckpt")
+        if out.is_dir():
+            shutil.rmtree(out)
+        aside.rename(out)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        raise UserError(f"{out} cannot be written: {error}.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return out
