@@ -26,12 +26,27 @@ class Block(nn.Module):
         return x + self.feedforward(x)
 
 
+@torch.no_grad()
+def reset_blocks(blocks: nn.Module, config: GPTConfig, generator: torch.Generator | None = None) -> None:
+    """Draw the initial weights of one or more blocks, as the table of `GPT.reset_parameters` says."""
+    for name, parameter in blocks.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(config.qk_gain if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
+        elif config.zero_init and name.endswith(("attention.o.weight", "feedforward.down.weight")):
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+
+
 class GPT(nn.Module):
     """A decoder-only language model.
 
     `hidden` gives what the head reads; the head and the loss live together in `nanochat.objectives`, so that the
     logits of a training batch never exist whole. `logits` is for inference.
     """
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, config: GPTConfig, seed: int | None = None) -> None:
         super().__init__()
@@ -64,13 +79,7 @@ class GPT(nn.Module):
         self.embedding.weight.normal_(0.0, config.initial_embedding_std, generator=generator)
         if self.head is not None:
             self.head.weight.normal_(0.0, config.head_std, generator=generator)
-        for name, parameter in self.blocks.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(config.qk_gain if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
-            elif config.zero_init and name.endswith(("attention.o.weight", "feedforward.down.weight")):
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+        reset_blocks(self.blocks, config, generator)
         self.norm.weight.fill_(1.0)
 
     def embed(self, tokens: Tensor) -> Tensor:
