@@ -1,0 +1,234 @@
+"""From the command line to `run.train`: Hydra's entry, its errors in words, sweeps, and `--resume`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nanochat import sweep
+from nanochat.config import CONF, check, hydra_settings
+from nanochat.errors import UserError
+from nanochat.hydra_errors import explain, refuse
+from nanochat.messages import print_error
+
+LEAVINGS = {".hydra", "train.log", "config.yaml", "model.json", "tokenizer.json"}
+"""what a run that never got as far as training may have written"""
+
+
+@dataclass
+class _Launch:
+    """What the hooks have seen of this launch."""
+
+    started: bool = False
+    made: list[Path] = field(default_factory=list)
+    """folders that did not exist before, the run's own first"""
+    sweep_folder: Path | None = None
+    jobs: list[sweep.Job] = field(default_factory=list)
+
+
+_launch = _Launch()
+
+
+class Hooks(Callback):
+    """Checks a single run before its folder exists, and keeps the record of a sweep.
+
+    Hydra swallows ordinary exceptions of a callback and goes on; only SystemExit stops it.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            with hydra_settings(config) as cfg:
+                folder = Path(HydraConfig.get().runtime.output_dir)
+                _launch.made = [path for path in (folder, *folder.parents) if not path.exists()]
+                logging.disable(logging.WARNING)  # run.train checks again, and then what is logged reaches train.log
+                try:
+                    check(cfg)
+                finally:
+                    logging.disable(logging.NOTSET)
+                _check_folder(folder)
+        except UserError as error:
+            print_error(error)
+            raise SystemExit(2) from error
+        except Exception as error:
+            traceback.print_exc()
+            raise SystemExit(1) from error
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with hydra_settings(config):
+            _launch.sweep_folder = Path(HydraConfig.get().sweep.dir).absolute()
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _launch.started = True
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if _launch.sweep_folder is None:
+            return
+        assert job_return.hydra_cfg is not None
+        settings = job_return.hydra_cfg.hydra
+        failed = job_return.status is JobStatus.FAILED
+        error = job_return._return_value if failed else None
+        job = sweep.Job(
+            int(settings.job.num), list(job_return.overrides or []), Path(settings.runtime.output_dir), error
+        )
+        _launch.jobs.append(job)
+        if error is not None and not isinstance(error, UserError):
+            traceback.print_exception(error)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise `UserError` when the run's folder cannot be written."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"hydra.run.dir={folder} is no folder: {place} is a file.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"hydra.run.dir={folder} cannot be written: {place} is read-only; choose another folder.")
+
+
+def _discard(folder: Path) -> None:
+    """Remove the folder of a run that never began, and the empty folders made for it."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= LEAVINGS:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in _launch.made[1:]:
+            try:
+                path.rmdir()
+            except OSError:
+                return
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def _task(cfg: DictConfig) -> float | None:
+    """One run; its value is what a sweeper minimises."""
+    from nanochat.run import train
+
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
+    try:
+        return train(cfg).get("val/bpb")
+    except UserError as error:
+        if settings.mode == RunMode.MULTIRUN:
+            _discard(folder)
+            raise  # SystemExit would end the other jobs too
+        if folder in _launch.made:
+            _discard(folder)
+        print_error(error)
+        raise SystemExit(2) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train what the command line says; `train.py` and `nanochat train`.
+
+    Returns:
+        0 done; 2 the user's mistake, in one sentence on stderr; 1 anything else; 130 interrupted. In a sweep
+        every job has its turn, and the code is 2 when all failures were the user's mistakes.
+
+    Raises:
+        SystemExit: with the same meaning, from inside of a run (143 after SIGTERM).
+    """
+    global _launch
+    _launch = _Launch()
+    words = list(sys.argv[1:] if argv is None else argv)
+    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    try:
+        words = resume(words)
+        words.sort(key=lambda word: word not in ("-m", "--multirun"))  # argparse loses overrides after a flag
+        refuse(words)
+        sys.argv = [before[0], *words]
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands us its errors instead of printing them
+        _task()
+    except UserError as error:
+        if not _launch.jobs:
+            print_error(error)
+            return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as in `train.py --cfg job | head`
+        sys.stderr.close()
+        return 0
+    except (HydraException, OmegaConfBaseException, OSError, TypeError, ValueError) as error:
+        if _launch.started or full == "1":
+            raise_unless_reported(error)
+        else:
+            print_error(explain(error, words))
+            return 2
+    except Exception as error:
+        raise_unless_reported(error)
+    finally:
+        sys.argv = before
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if full is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full
+        if _launch.sweep_folder is not None:
+            sweep.report(_launch.jobs, _launch.sweep_folder)
+    return sweep.exit_code(_launch.jobs)
+
+
+def raise_unless_reported(error: Exception) -> None:
+    """Raise an error again, unless it is that of a sweep's job, which is in the table."""
+    if not any(job.error is error for job in _launch.jobs):
+        raise error
+
+
+def resume(words: list[str]) -> list[str]:
+    """Turn `--resume RUN` into the arguments for Hydra that continue RUN with its own configuration.
+
+    The saved config.yaml (every value resolved) becomes the primary configuration, so that neither later changes
+    of conf/ nor the machine's `auto` change the run; further overrides of its values work.
+
+    Raises:
+        UserError: RUN is missing or is no run folder.
+    """
+    if not any(word == "--resume" or word.startswith("--resume=") for word in words):
+        return words
+    place = next(i for i, word in enumerate(words) if word == "--resume" or word.startswith("--resume="))
+    if words[place] == "--resume":
+        if len(words) == place + 1:
+            raise UserError("--resume needs the run folder, such as --resume outputs/latest.")
+        name, rest = words[place + 1], words[:place] + words[place + 2 :]
+    else:
+        name, rest = words[place].partition("=")[2], words[:place] + words[place + 1 :]
+    if {"-m", "--multirun"} & set(rest):
+        raise UserError("--resume continues one run; it does not go with --multirun.")
+    folder = Path(name).resolve()
+    if not folder.is_dir():
+        raise UserError(f"--resume {name}: there is no such run folder.")
+    saved = _saved(folder, name)
+    train = OmegaConf.to_container(OmegaConf.load(CONF / "train.yaml"), resolve=False)
+    assert isinstance(train, dict)
+    settings = [
+        item for item in train["defaults"] if isinstance(item, dict) and next(iter(item)).startswith("override hydra")
+    ]
+    node = {"defaults": ["_self_", *settings], "hydra": train["hydra"], **saved}
+    ConfigStore.instance().store(name="resume", node=node)
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    own = [f"hydra.run.dir='{quoted}'", "hydra.output_subdir=null", "ckpt_path=last"]
+    return ["--config-name", "resume", *own, *rest]
+
+
+def _saved(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    try:
+        saved = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except FileNotFoundError as error:
+        raise UserError(f"--resume {name}: it has no config.yaml, so it is not the folder of a run.") from error
+    except Exception as error:
+        raise UserError(f"--resume {name}: its config.yaml cannot be read: {error}.") from error
+    if not isinstance(saved, dict) or "model" not in saved:
+        raise UserError(f"--resume {name}: its config.yaml is not the configuration of a run.")
+    return {str(key): value for key, value in saved.items()}

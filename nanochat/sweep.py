@@ -1,0 +1,105 @@
+"""The jobs of a sweep, and the table at its end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat.errors import UserError
+
+COLUMNS = {
+    "val/loss": "val/loss",
+    "val/bpb": "val/bpb",
+    "train/tokens_per_second": "tokens/s",
+    "optim/bytes": "optimizer bytes",
+}
+"""key of summary.json -> heading"""
+
+
+@dataclass
+class Job:
+    """One job of a sweep."""
+
+    number: int
+    overrides: list[str]
+    folder: Path
+    error: BaseException | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """The run's summary.json, `{}` when there is none."""
+        try:
+            found = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def row(self) -> dict[str, Any]:
+        """The job's line in sweep.csv."""
+        summary = {} if self.error else self.summary()
+        return {
+            "job": self.number,
+            "overrides": " ".join(self.overrides),
+            **{key: summary.get(key, "") for key in COLUMNS},
+            "folder": str(self.folder) if self.folder.exists() else "",
+            "error": "" if self.error is None else sentence(self.error),
+        }
+
+
+def sentence(error: BaseException) -> str:
+    """An error on one line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def exit_code(jobs: Sequence[Job]) -> int:
+    """0 when all went well, 2 when only the user's mistakes failed, else 1."""
+    errors = [job.error for job in jobs if job.error is not None]
+    if not errors:
+        return 0
+    return 2 if all(isinstance(error, UserError) for error in errors) else 1
+
+
+def report(jobs: Sequence[Job], folder: Path) -> None:
+    """Print the table and write it as sweep.csv into the sweep's folder, best val/bpb first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = sorted((job.row() for job in jobs), key=_rank)
+    if not rows:
+        return
+    with open(folder / "sweep.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    told = {job.number: " ".join(o for o in job.overrides if o not in common) for job in jobs}
+    table = Table(title=" ".join(["sweep", *sorted(common)]), title_justify="left")
+    for heading in ("job", "overrides", *COLUMNS.values(), "folder"):
+        table.add_column(heading, justify="right" if heading in COLUMNS.values() else "left", overflow="fold")
+    for row in rows:
+        place = os.path.relpath(row["folder"]) if row["folder"] else ""
+        cells = ["failed" if row["error"] and not i else _cell(row[key]) for i, key in enumerate(COLUMNS)]
+        table.add_row(str(row["job"]), told[row["job"]], *cells, place)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+    for row in sorted(rows, key=lambda row: row["job"]):
+        if row["error"]:
+            console.print(f"job {row['job']} ({told[row['job']]}) failed: {row['error']}", markup=False, soft_wrap=True)
+
+
+def _rank(row: dict[str, Any]) -> tuple[float, int]:
+    bpb = row["val/bpb"]
+    return (bpb if isinstance(bpb, int | float) and bpb == bpb else float("inf")), row["job"]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
