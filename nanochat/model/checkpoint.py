@@ -19,6 +19,7 @@ from torch import Tensor
 from nanochat.errors import UserError
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
+from nanochat.model.hyper_connections import HyperConnection
 from nanochat.model.rotary import rope_table
 
 if TYPE_CHECKING:
@@ -136,6 +137,9 @@ def build_gpt(config: GPTConfig, weights: dict[str, Tensor], source: str | Path 
     device = gpt.embedding.weight.device
     cos, sin = rope_table(config.seq_len, config.head_dim, config.rope_base)
     gpt.cos, gpt.sin = cos.to(device), sin.to(device)
+    for module in gpt.modules():
+        if isinstance(module, HyperConnection):
+            module.reset_table(device)
     return gpt
 
 

@@ -14,6 +14,7 @@ from nanochat.errors import ConfigError, UserError
 
 ACTIVATIONS = ("silu", "relu2")
 ACTIVATION_SCALES = ("token", "block", "none")
+STREAM_MAPS = ("static", "dynamic")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class GPTConfig:
     """int8 activations by the absolute maximum per token, per block of 256 (as ggml's Q8_K), or none"""
 
     streams: int = 1
-    """residual streams (hyper-connections); 1 is the plain residual"""
+    """residual streams (hyper-connections): 2 or 4; 1 is the plain residual"""
+    stream_maps: str = "static"
+    """how sub-layers read, write and mix the streams: static (learned constants) or dynamic (of the input too)"""
 
     embedding_std: float | None = None
     """None: 0.8 in front of an embedding norm, 0.02 without, 5.12 / dim when tied"""
@@ -101,6 +104,10 @@ class GPTConfig:
                 f"model.activation_scale={self.activation_scale!r} is unknown; "
                 f"choose one of {', '.join(ACTIVATION_SCALES)}."
             )
+        if self.streams not in (1, 2, 4):
+            yield f"mhc.streams={self.streams} must be 2 or 4 (1 is off)."
+        if self.stream_maps not in STREAM_MAPS:
+            yield f"mhc.maps={self.stream_maps!r} is unknown; choose one of {', '.join(STREAM_MAPS)}."
         if not isinstance(self.weight_block, int) or self.weight_block < 0:
             yield f"model.weight_block={self.weight_block!r} must be 0 (one scale per matrix) or positive."
         for field in ("rope_base", "norm_eps"):

@@ -10,26 +10,39 @@ from nanochat.errors import UserError
 from nanochat.model.attention import Attention, KeyValueCache
 from nanochat.model.config import GPTConfig
 from nanochat.model.feedforward import FeedForward
+from nanochat.model.hyper_connections import HyperConnection, expand, reduce
 from nanochat.model.rotary import rope_table
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each added to the residual stream."""
+    """One layer: attention, then feed-forward, each added to the residual stream (or streams)."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.attention = Attention(config, layer)
         self.feedforward = FeedForward(config)
+        self.hyper_attention: HyperConnection | None = None
+        self.hyper_feedforward: HyperConnection | None = None
+        if config.streams > 1:
+            dynamic = config.stream_maps == "dynamic"
+            self.hyper_attention = HyperConnection(config.streams, config.dim, 2 * layer, dynamic)
+            self.hyper_feedforward = HyperConnection(config.streams, config.dim, 2 * layer + 1, dynamic)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.attention(x, cos, sin, cache)  # (B, T, d)
-        return x + self.feedforward(x)
+        """x: (B, T, d), or the residual streams (n, B, T, d)."""
+        if self.hyper_attention is None or self.hyper_feedforward is None:
+            x = x + self.attention(x, cos, sin, cache)  # (B, T, d)
+            return x + self.feedforward(x)
+        x = self.hyper_attention(x, lambda u: self.attention(u, cos, sin, cache))  # (n, B, T, d)
+        return self.hyper_feedforward(x, self.feedforward)
 
 
 @torch.no_grad()
 def reset_blocks(blocks: nn.Module, config: GPTConfig, generator: torch.Generator | None = None) -> None:
     """Draw the initial weights of one or more blocks, as the table of `GPT.reset_parameters` says."""
     for name, parameter in blocks.named_parameters():
+        if "hyper_" in name:  # hyper-connections begin with constants of their own
+            continue
         if parameter.ndim == 1:
             parameter.fill_(config.qk_gain if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
         elif config.zero_init and name.endswith(("attention.o.weight", "feedforward.down.weight")):
@@ -80,6 +93,9 @@ class GPT(nn.Module):
         if self.head is not None:
             self.head.weight.normal_(0.0, config.head_std, generator=generator)
         reset_blocks(self.blocks, config, generator)
+        for module in self.modules():
+            if isinstance(module, HyperConnection):
+                module.reset_parameters()
         self.norm.weight.fill_(1.0)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -100,9 +116,11 @@ class GPT(nn.Module):
             raise UserError(f"a sequence of {end} tokens is longer than the model's {self.config.seq_len}.")
         cos, sin = self.cos[start:end], self.sin[start:end]  # (T, head_dim / 2)
         x = self.embed(tokens)
+        if self.config.streams > 1:
+            x = expand(x, self.config.streams)  # (n, B, T, d)
         for block in self.blocks:
             x = block(x, cos, sin, cache)
-        return self.norm(x)
+        return self.norm(reduce(x) if self.config.streams > 1 else x)
 
     def head_weight(self) -> Tensor:
         """The output matrix (V, d): the embedding table when tied."""
