@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanochat.errors import UserError
-from nanochat.export.gguf import Report, export_gguf
+from nanochat.export.gguf import Report, check_target, export_gguf
 from nanochat.export.gguf_tensors import OWN
 from nanochat.export.huggingface import export_huggingface
+from nanochat.export.hyper_connections import records_of, write_mhc
 from nanochat.export.packing import EMBEDDING_TYPES, TYPES
 from nanochat.export.read_back import import_export
 from nanochat.export.verify import verify
@@ -64,6 +65,11 @@ def export_main(argv: Sequence[str]) -> int:
             licence=options.license,
         )
     _print_report(report, _PROGRAMS[options.to])
+    if options.to == "nanochat" and run.config.streams > 1 and run.config.stream_maps == "static":
+        sidecar = report.path.with_suffix(".mhc")
+        check_target(sidecar, options.force)
+        size = write_mhc(sidecar, records_of(run.gpt), run.config.streams)
+        print(f"{sidecar}: the maps of the {run.config.streams} residual streams once more, {size:,} bytes")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -32,7 +33,7 @@ class Slot:
     stored: tuple[int, ...]
     """in the file: padded with zeros at the end"""
     matrix: bool
-    """a ternary (or float) matrix; otherwise a float32 vector"""
+    """a ternary (or float) matrix of a block; otherwise float32"""
     heads: int = 0
     """heads whose rows are permuted; 0 = none"""
     scale: float = 1.0
@@ -107,11 +108,26 @@ def block_slots(config: GPTConfig, arch: str, kind: str, source: str, name: str)
     yield matrix("ffn_down", "feedforward.down", (d, f), (d, ffn))
 
 
+def hyper_slots(config: GPTConfig, layer: int) -> Iterator[Slot]:
+    """The hyper-connections of one block."""
+    n = config.streams
+    orders = math.factorial(n)
+    shapes: dict[str, tuple[int, ...]] = {"res": (orders,), "pre": (n,), "post": (n,)}
+    if config.stream_maps == "dynamic":
+        shapes |= {"phi": (orders + 2 * n, n * config.dim), "gate": (3,)}
+    for sublayer in ("hyper_attention", "hyper_feedforward"):
+        for parameter, shape in shapes.items():
+            path = f"{layer}.{sublayer}.{parameter}"
+            yield Slot(f"blk.{path}", f"blocks.{path}", shape, shape, False)
+
+
 def network_slots(config: GPTConfig, arch: str, kind: str) -> Iterator[Slot]:
     """Every parameter but the embedding table and the output matrix."""
     yield Slot("output_norm", "norm.weight", (config.dim,), (config.dim,), False)
     for layer in range(config.n_layers):
         yield from block_slots(config, arch, kind, f"blocks.{layer}", f"blk.{layer}")
+        if config.streams > 1:
+            yield from hyper_slots(config, layer)
 
 
 def plan_slot(slot: Slot, config: GPTConfig, weights: Mapping[str, Tensor], kind: str) -> TensorPlan:
