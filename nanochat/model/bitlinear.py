@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat.model.rows import row_function
+
 F16_MAX = 65504.0
 F16_TINY = 2.0**-24  # the smallest positive float16
 ACTIVATION_BLOCK = 256  # ggml's Q8_K
@@ -115,6 +117,7 @@ def ternary_weight(weight: Tensor, block: int) -> Tensor:
     return _TernaryWeight.apply(weight, block)  # type: ignore[return-value]
 
 
+@row_function(backward=lambda kept, gradient: (gradient,))
 def int8_activation(x: Tensor, per: str) -> Tensor:
     """(..., d) -> (..., d) on the int8 grid; the gradient passes straight through."""
     return x if per == "none" else _Int8Activation.apply(x, per)  # type: ignore[return-value]

@@ -12,6 +12,7 @@ from nanochat.model.config import GPTConfig
 from nanochat.model.feedforward import FeedForward
 from nanochat.model.hyper_connections import HyperConnection, expand, reduce
 from nanochat.model.rotary import rope_table
+from nanochat.model.rows import KeptRows, compact
 
 
 class Block(nn.Module):
@@ -28,13 +29,24 @@ class Block(nn.Module):
             self.hyper_attention = HyperConnection(config.streams, config.dim, 2 * layer, dynamic)
             self.hyper_feedforward = HyperConnection(config.streams, config.dim, 2 * layer + 1, dynamic)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """x: (B, T, d), or the residual streams (n, B, T, d)."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, kept: KeptRows | None = None
+    ) -> Tensor:
+        """x: (B, T, d), or the residual streams (n, B, T, d); kept: the tokens on which the backward runs (None: all)."""
+
+        def attention(u: Tensor) -> Tensor:
+            if kept is None:
+                return self.attention(u, cos, sin, cache)
+            return compact(self.attention, kept, u, *(t.expand(u.shape[0], -1, -1) for t in (cos, sin)))
+
+        def feedforward(u: Tensor) -> Tensor:
+            return self.feedforward(u) if kept is None else compact(self.feedforward, kept, u)
+
         if self.hyper_attention is None or self.hyper_feedforward is None:
-            x = x + self.attention(x, cos, sin, cache)  # (B, T, d)
-            return x + self.feedforward(x)
-        x = self.hyper_attention(x, lambda u: self.attention(u, cos, sin, cache))  # (n, B, T, d)
-        return self.hyper_feedforward(x, self.feedforward)
+            x = x + attention(x)  # (B, T, d)
+            return x + feedforward(x)
+        x = self.hyper_attention(x, attention)  # (n, B, T, d)
+        return self.hyper_feedforward(x, feedforward)
 
 
 @torch.no_grad()
@@ -68,6 +80,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.kept_rows: KeptRows | None = None
+        """set by a token filter for a training step: the tokens on which the blocks' backward will run"""
         cos, sin = rope_table(config.seq_len, config.head_dim, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -118,8 +132,10 @@ class GPT(nn.Module):
         x = self.embed(tokens)
         if self.config.streams > 1:
             x = expand(x, self.config.streams)  # (n, B, T, d)
+        kept = self.kept_rows if torch.is_grad_enabled() else None
         for block in self.blocks:
-            x = block(x, cos, sin, cache)
+            # the compact backward keeps a tape of its own, which a compiled block could not
+            x = block(x, cos, sin, cache) if kept is None else block.forward(x, cos, sin, kept=kept)
         return self.norm(reduce(x) if self.config.streams > 1 else x)
 
     def head_weight(self) -> Tensor:

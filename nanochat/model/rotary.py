@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nanochat.model.rows import row_function
+
 
 def rope_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin of position * base^(-2i / head_dim): two (length, head_dim / 2) float32 tensors.
@@ -16,6 +18,7 @@ def rope_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]
     return angle.cos().float(), angle.sin().float()
 
 
+@row_function()
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn element i with element i + head_dim / 2.
 
