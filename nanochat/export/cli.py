@@ -32,6 +32,7 @@ def export_parser() -> argparse.ArgumentParser:
         "--type", help=f"of the matrices: {', '.join(TYPES)} (tq2_0; f32 for safetensors and float models)"
     )
     options.add_argument("--embedding-type", help=f"of the embedding and output matrix: {', '.join(EMBEDDING_TYPES)}")
+    options.add_argument("--no-mtp", action="store_true", help="leave the heads of multi-token prediction out")
     options.add_argument("--out", type=Path, help="file or folder to write (beside the run's model.json)")
     options.add_argument("--force", action="store_true", help="replace an existing file")
     options.add_argument("--name", help="name for the model card (the run's task_name)")
@@ -60,6 +61,7 @@ def export_main(argv: Sequence[str]) -> int:
             kind,
             options.embedding_type,
             own=own,
+            mtp=not options.no_mtp,
             force=options.force,
             name=options.name,
             licence=options.license,

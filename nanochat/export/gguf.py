@@ -3,6 +3,7 @@
 | block | architecture in llama.cpp |
 |---|---|
 | default (QK-norm) | `qwen3` |
+| default, with sequential heads of multi-token prediction | `hy_v3`: the heads are its `nextn` blocks |
 | `qk_norm=false` | `llama`: the rows of q and k are permuted, since its RoPE turns neighbours |
 | `sub_norm=true`, `qk_norm=false` | `bitnet` |
 | anything, with `own=True` | `nanochat`: only nanochat runs it |
@@ -26,7 +27,7 @@ import nanochat
 from nanochat.errors import UserError
 from nanochat.export.card import model_card
 from nanochat.export.gguf_reader import GGUFFile
-from nanochat.export.gguf_tensors import OWN, TensorPlan, folds_embedding, padded_ffn, plan_tensors
+from nanochat.export.gguf_tensors import OWN, TensorPlan, folds_embedding, mtp_heads, padded_ffn, plan_tensors
 from nanochat.export.packing import (
     BLOCK,
     EMBEDDING_TYPES,
@@ -58,8 +59,8 @@ class Report:
     notes: list[str]
 
 
-def architecture(config: GPTConfig) -> str:
-    """llama.cpp's name for this network.
+def architecture(config: GPTConfig, heads: int = 0) -> str:
+    """llama.cpp's name for this network with so many sequential heads of multi-token prediction.
 
     Raises `UserError` that names every switch which stands in the way.
     """
@@ -81,7 +82,9 @@ def architecture(config: GPTConfig) -> str:
         raise UserError(f"stock llama.cpp cannot run this network: {'; '.join(obstacles)}.")
     if config.sub_norm:
         return "bitnet"
-    return "qwen3" if config.qk_norm else "llama"
+    if not config.qk_norm:
+        return "llama"
+    return "hy_v3" if heads else "qwen3"
 
 
 def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
@@ -113,13 +116,19 @@ def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
         )
 
 
-def network_keys(config: GPTConfig, arch: str, kind: str) -> dict[str, Any]:
+def network_keys(config: GPTConfig, arch: str, kind: str, heads: int = 0) -> dict[str, Any]:
     """The keys that describe the network to whoever runs it."""
+    extra: dict[str, Any] = {}
+    if heads:
+        extra[f"{arch}.nextn_predict_layers"] = heads
+    if arch == "hy_v3":
+        extra["hy_v3.expert_feed_forward_length"] = 0  # it asks for it also without experts
     return {
+        **extra,
         "general.file_type": FILE_TYPES[kind],
         f"{arch}.context_length": config.seq_len,
         f"{arch}.embedding_length": config.dim,
-        f"{arch}.block_count": config.n_layers,
+        f"{arch}.block_count": config.n_layers + heads,
         f"{arch}.feed_forward_length": padded_ffn(config, kind),
         f"{arch}.attention.head_count": config.n_heads,
         f"{arch}.attention.head_count_kv": config.n_kv_heads,
@@ -132,21 +141,23 @@ def network_keys(config: GPTConfig, arch: str, kind: str) -> dict[str, Any]:
     }
 
 
-def check_keys(file: GGUFFile, config: GPTConfig, arch: str, kind: str) -> None:
+def check_keys(file: GGUFFile, config: GPTConfig, arch: str, kind: str, heads: int = 0) -> None:
     """Raises `UserError` that names the first key of `network_keys` which a file lacks or contradicts."""
-    for key, expected in network_keys(config, arch, kind).items():
+    for key, expected in network_keys(config, arch, kind, heads).items():
         found = file.metadata.get(key)
         if found != (float(np.float32(expected)) if isinstance(expected, float) else expected):
             raise UserError(f"{file.path}: the key {key} is {found!r} instead of {expected!r}.")
 
 
-def metadata(config: GPTConfig, kind: str, arch: str, vocabulary: Vocabulary, card: dict[str, Any]) -> dict:
+def metadata(
+    config: GPTConfig, kind: str, arch: str, vocabulary: Vocabulary, card: dict[str, Any], heads: int = 0
+) -> dict[str, Any]:
     """Every key of the file. `card` holds keys of a model card, such as `general.name`."""
     return {
         **card,
         "general.type": "model",
         "general.quantization_version": 2,
-        **network_keys(config, arch, kind),
+        **network_keys(config, arch, kind, heads),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": vocabulary.pre,
         "tokenizer.ggml.tokens": vocabulary.tokens,
@@ -215,6 +226,7 @@ def export_gguf(
     embedding_type: str | None = None,
     *,
     own: bool = False,
+    mtp: bool = True,
     force: bool = False,
     name: str | None = None,
     licence: str | None = None,
@@ -229,6 +241,7 @@ def export_gguf(
             f16 or f32 (default beside f16 and f32).
         own: use the architecture name `nanochat`, which holds every switch of this network; any GGUF tool can read
             the tensors, and nanochat can run them.
+        mtp: with the run's sequential heads of multi-token prediction, if it has any and the architecture takes them.
         force: replace an existing file.
         name, licence: for the model card.
 
@@ -238,15 +251,24 @@ def export_gguf(
     """
     path = Path(path)
     embedding_type = embedding_type or (kind if kind in ("f16", "f32") else "q8_0")
-    arch = OWN if own else architecture(run.config)
+    heads = mtp_heads(run.objectives) if mtp else 0
+    arch = OWN if own else architecture(run.config, heads)
+    dropped = heads if arch not in (OWN, "hy_v3") else 0
+    heads -= dropped
     check_type(run.config, kind, embedding_type)
     check_target(path, force)
-    plans = plan_tensors(run.config, run.gpt.state_dict(), arch, kind, embedding_type)
+    weights = run.gpt.state_dict() | run.objectives
+    plans = plan_tensors(run.config, weights, arch, kind, embedding_type, heads)
     vocabulary = read_vocabulary(run.folder / "tokenizer.json", run.config.vocab_size, run.tokenizer.eot_id)
-    keys = metadata(run.config, kind, arch, vocabulary, model_card(run, name, licence))
+    keys = metadata(run.config, kind, arch, vocabulary, model_card(run, name, licence), heads)
     write_gguf(path, arch, keys, plans)
     parameters = sum(parameter.numel() for parameter in run.gpt.parameters())
-    return Report(path, arch, kind, path.stat().st_size, 2 * parameters, _notes(run.config, arch, kind, embedding_type))
+    notes = _notes(run.config, arch, kind, embedding_type)
+    if heads:
+        notes.append(f"{heads} head{'s' * (heads > 1)} of multi-token prediction inside, for speculative decoding")
+    if dropped:
+        notes.append(f"the heads of multi-token prediction are left out: {arch} in llama.cpp has no place for them")
+    return Report(path, arch, kind, path.stat().st_size, 2 * parameters, notes)
 
 
 def check_target(path: Path, force: bool) -> None:

@@ -121,13 +121,31 @@ def hyper_slots(config: GPTConfig, layer: int) -> Iterator[Slot]:
             yield Slot(f"blk.{path}", f"blocks.{path}", shape, shape, False)
 
 
-def network_slots(config: GPTConfig, arch: str, kind: str) -> Iterator[Slot]:
+def mtp_slots(config: GPTConfig, arch: str, kind: str, head: int) -> Iterator[Slot]:
+    """One sequential head of multi-token prediction: llama.cpp's `nextn` block, behind the network's own blocks."""
+    d, name, source = config.dim, f"blk.{config.n_layers + head}", f"mtp.heads.{head}"
+    plain = replace(config, streams=1)
+    yield Slot(f"{name}.nextn.eh_proj", f"{source}.eh_proj.weight", (d, 2 * d), (d, 2 * d), True)
+    yield Slot(f"{name}.nextn.enorm", f"{source}.embedding_norm.weight", (d,), (d,), False)
+    yield Slot(f"{name}.nextn.hnorm", f"{source}.hidden_norm.weight", (d,), (d,), False)
+    yield Slot(f"{name}.nextn.shared_head_norm", f"{source}.norm.weight", (d,), (d,), False)
+    yield from block_slots(plain, arch, kind, f"{source}.block", name)
+
+
+def mtp_heads(objectives: Mapping[str, Tensor]) -> int:
+    """How many sequential heads the parameters of a run's objectives hold."""
+    return sum(name.startswith("mtp.heads.") and name.endswith(".eh_proj.weight") for name in objectives)
+
+
+def network_slots(config: GPTConfig, arch: str, kind: str, heads: int = 0) -> Iterator[Slot]:
     """Every parameter but the embedding table and the output matrix."""
     yield Slot("output_norm", "norm.weight", (config.dim,), (config.dim,), False)
     for layer in range(config.n_layers):
         yield from block_slots(config, arch, kind, f"blocks.{layer}", f"blk.{layer}")
         if config.streams > 1:
             yield from hyper_slots(config, layer)
+    for head in range(heads):
+        yield from mtp_slots(config, arch, kind, head)
 
 
 def plan_slot(slot: Slot, config: GPTConfig, weights: Mapping[str, Tensor], kind: str) -> TensorPlan:
@@ -153,9 +171,11 @@ def folds_embedding(config: GPTConfig, arch: str) -> bool:
 
 
 def plan_tensors(
-    config: GPTConfig, weights: Mapping[str, Tensor], arch: str, kind: str, embedding_type: str
+    config: GPTConfig, weights: Mapping[str, Tensor], arch: str, kind: str, embedding_type: str, heads: int = 0
 ) -> list[TensorPlan]:
-    """Every tensor of the file, in order. `weights` is `GPT.state_dict()`."""
+    """Every tensor of the file, in order. `weights` is `GPT.state_dict()`, with those of the `heads` sequential heads
+    of multi-token prediction under `mtp.heads.`.
+    """
     table = weights["embedding.weight"]
     fold = folds_embedding(config, arch)
 
@@ -172,7 +192,7 @@ def plan_tensors(
     plans = [TensorPlan("token_embd.weight", shape, embedding_type, embedding, False)]
     if fold or not config.tied:
         plans.append(TensorPlan("output.weight", shape, embedding_type, head, False))
-    plans += [plan_slot(slot, config, weights, kind) for slot in network_slots(config, arch, kind)]
+    plans += [plan_slot(slot, config, weights, kind) for slot in network_slots(config, arch, kind, heads)]
     return plans
 
 
@@ -198,7 +218,9 @@ def read_tensor(file: GGUFFile, name: str, shape: tuple[int, ...]) -> np.ndarray
     return file.array(name)
 
 
-def read_network(file: GGUFFile, config: GPTConfig, arch: str, kind: str) -> tuple[GPTConfig, dict[str, Tensor]]:
+def read_network(
+    file: GGUFFile, config: GPTConfig, arch: str, kind: str, heads: int = 0
+) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The network in a file: its configuration as it is now (an embedding norm may be folded, the output matrix may
     have become its own) and its parameters, matrices de-quantised.
 
@@ -208,7 +230,7 @@ def read_network(file: GGUFFile, config: GPTConfig, arch: str, kind: str) -> tup
     weights = {"embedding.weight": torch.from_numpy(read_tensor(file, "token_embd.weight", shape).copy())}
     if folds_embedding(config, arch) or not config.tied:
         weights["head.weight"] = torch.from_numpy(read_tensor(file, "output.weight", shape).copy())
-    for slot in network_slots(config, arch, kind):
+    for slot in network_slots(config, arch, kind, heads):
         weights[slot.source] = read_slot(file, slot)
     if folds_embedding(config, arch):
         config = replace(config, embedding_norm=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from nanochat.export.gguf_reader import GGUFFile
 from nanochat.export.gguf_tensors import read_network
 from nanochat.export.huggingface import read_config, read_huggingface
 from nanochat.model.bitlinear import BitLinear, dequantise, ternarise
-from nanochat.model.checkpoint import CHECKPOINT_FORMAT, build_gpt
+from nanochat.model.checkpoint import CHECKPOINT_FORMAT, GPT_PREFIX, OBJECTIVES_PREFIX, build_gpt
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 
@@ -35,6 +35,8 @@ class Exported:
     """by the names of `GPT.state_dict()`, float32, matrices de-quantised"""
     tokenizer: str | None
     """`tokenizer.json`"""
+    objectives: dict[str, Tensor] = field(default_factory=dict)
+    """parameters of the heads of multi-token prediction, by the names of `Run.objectives`"""
     step: int = 0
 
 
@@ -65,9 +67,12 @@ def read_export(path: str | Path) -> Exported:
         kind = kinds.get(file.get("general.file_type", int))
         if kind is None:
             raise UserError(f"{path} has a general.file_type that nanochat does not write.")
-        config, weights = read_network(file, read_config(values, path), arch, kind)
+        heads = file.get(f"{arch}.nextn_predict_layers", int, 0)
+        config, weights = read_network(file, read_config(values, path), arch, kind, heads)
+        objectives = {name: weights.pop(name) for name in list(weights) if name.startswith("mtp.")}
         tokenizer_json = file.get("tokenizer.huggingface.json", str, "") or None
-        return Exported(path, arch, kind, config, weights, tokenizer_json, file.get("nanochat.step", int, 0))
+        step = file.get("nanochat.step", int, 0)
+        return Exported(path, arch, kind, config, weights, tokenizer_json, objectives, step)
 
 
 def network(exported: Exported) -> GPT:
@@ -96,6 +101,19 @@ def latent_weight(values: Tensor, block: int) -> Tensor:
     return torch.cat(raised, 1).view(rows, cols)
 
 
+def _is_ternary(name: str, tensor: Tensor) -> bool:
+    """Whether a parameter is a matrix of a block; embedding, head and the maps of residual streams are not."""
+    return tensor.ndim == 2 and (".blocks." in name or ".mtp." in name) and "hyper_" not in name
+
+
+def _latent(exported: Exported, name: str, values: Tensor) -> Tensor:
+    block = exported.config.weight_block
+    latent = latent_weight(values, block)
+    if not torch.equal(dequantise(*ternarise(latent, block), block), values):
+        raise UserError(f"{exported.path}: {name} does not hold ternary weights on the grid of this network.")
+    return latent
+
+
 def import_export(path: str | Path, out: str | Path, *, force: bool = False) -> Path:
     """Make a run folder with one checkpoint from an exported file; returns the folder.
 
@@ -110,17 +128,15 @@ def import_export(path: str | Path, out: str | Path, *, force: bool = False) -> 
             raise UserError(f"{out} exists; use --force to replace it, or choose another --out.")
         if not (out / "model.json").is_file() or (out / "metrics.csv").exists() or (out / "config.yaml").exists():
             raise UserError(f"{out} is not an imported model, so --force does not replace it; choose another --out.")
-    gpt = build_gpt(exported.config, exported.weights, source=exported.path)
-    weights = dict(exported.weights)
-    for name, module in gpt.named_modules():
-        if isinstance(module, BitLinear) and module.ternary:
-            values = weights[f"{name}.weight"]
-            latent = latent_weight(values, module.block)
-            if not torch.equal(dequantise(*ternarise(latent, module.block), module.block), values):
-                raise UserError(f"{path}: {name} does not hold ternary weights on the grid of this network.")
-            weights[f"{name}.weight"] = latent
+    build_gpt(exported.config, exported.weights, source=exported.path)
+    state = {GPT_PREFIX + name: tensor for name, tensor in exported.weights.items()}
+    state |= {OBJECTIVES_PREFIX + name: tensor for name, tensor in exported.objectives.items()}
+    if exported.config.ternary:
+        for name, values in state.items():
+            if _is_ternary(name, values):
+                state[name] = _latent(exported, name, values)
     checkpoint = {
-        "state_dict": {f"gpt.{name}": tensor for name, tensor in weights.items()},
+        "state_dict": state,
         "global_step": exported.step,
         "nanochat_format": CHECKPOINT_FORMAT,
     }

@@ -17,7 +17,7 @@ from nanochat.errors import UserError
 from nanochat.export import llama_cpp
 from nanochat.export.gguf import check_keys
 from nanochat.export.gguf_reader import GGUFFile
-from nanochat.export.gguf_tensors import OWN, plan_tensors
+from nanochat.export.gguf_tensors import OWN, mtp_heads, plan_tensors
 from nanochat.export.huggingface import read_config
 from nanochat.export.packing import FLOAT_TYPES
 from nanochat.export.read_back import Exported, network, read_export
@@ -106,11 +106,12 @@ def check_structure(path: Path, exported: Exported) -> list[tuple[str, str, tupl
     """
     with GGUFFile(path) as file:
         original = original_config(file)
-        check_keys(file, original, exported.architecture, exported.type)
+        heads = mtp_heads(exported.objectives)
+        check_keys(file, original, exported.architecture, exported.type, heads)
         with torch.device("meta"):
             shapes = GPT(original).state_dict()
         found_embedding = file.tensors["token_embd.weight"].type.lower()
-        plans = plan_tensors(original, shapes, exported.architecture, exported.type, found_embedding)
+        plans = plan_tensors(original, shapes, exported.architecture, exported.type, found_embedding, heads)
         expected = {plan.name: (plan.type.upper(), plan.shape) for plan in plans}
         for name, (kind, shape) in expected.items():
             if name not in file.tensors:
@@ -155,7 +156,7 @@ def verify(path: str | Path, run: Run | None = None, *, length: int = 256) -> Ve
     summary = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     found = Verification(path, f"{exported.architecture}, {exported.type}, tensors: {summary}", digest, tensors)
     gpt = network(exported)
-    for name, parameter in gpt.named_parameters():
+    for name, parameter in [*gpt.named_parameters(), *exported.objectives.items()]:
         if not torch.isfinite(parameter).all():
             raise UserError(f"{path}: {name} has values that are not finite.")
     length = min(length, exported.config.seq_len)
