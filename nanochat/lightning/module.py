@@ -53,7 +53,8 @@ class NanoChatModule(lightning.LightningModule):
         loss = {k: v for k, v in (cfg.get("loss") or {}).items() if not k.startswith("_")}
         self.objectives = nn.ModuleDict({"next_token": NextToken(config, seed=seed, **loss)})
         for name, node in objective_nodes(cfg).items():
-            self.objectives[name] = instantiate(node, config=config, seed=seed)
+            # in two calls, since Hydra's own first parameter is named config, too
+            self.objectives[name] = instantiate(node, _partial_=True)(config=config, seed=seed)
         self.schedule = instantiate(cfg["schedule"])
         self.max_steps = int(cfg["trainer"]["max_steps"])
         self.rate_scale = float(cfg.get("rate_scale", 1.0))
