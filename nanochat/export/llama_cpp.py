@@ -259,6 +259,7 @@ class LlamaModel:
         params = library.llama_model_default_params()
         params.n_gpu_layers = 0
         params.vocab_only = vocab_only
+        params.load_mtp = True
         self._model = library.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise UserError(f"llama.cpp does not load {path}: {' '.join(self._llama.errors) or 'no reason given'}")
