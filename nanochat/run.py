@@ -71,7 +71,7 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
                 plain["rate_scale"] = error.next_rate_scale(plain.get("rate_scale", 1.0))
                 checkpoint = find_checkpoint(folder, "auto")
                 log.warning("%s Going back to %s.", error, checkpoint or "the start")
-                data = instantiate(plain["data"], tokenizer=data.tokenizer)
+                data = instantiate(plain["data"], tokenizer=instantiate(plain["tokenizer"]))
                 data.prepare_data()
         if trainer.interrupted:
             raise KeyboardInterrupt

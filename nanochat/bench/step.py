@@ -32,7 +32,6 @@ class RandomTokens(LightningDataModule):
         tokens = torch.randint(vocabulary, (count, batch, length + 1), generator=generator).to(device)
         self.batches = [{"tokens": t[:, :-1].contiguous(), "targets": t[:, 1:].contiguous()} for t in tokens]
         self.consumed = 0
-        self.tokenizer = self
         self.eot_id = None
 
     def train_dataloader(self) -> list[dict[str, Tensor]]:

@@ -78,7 +78,7 @@ class NanoChatModule(lightning.LightningModule):
             step=self.global_step,
             max_steps=self.max_steps,
             micro_step=data.consumed,
-            eot_id=data.tokenizer.eot_id,
+            eot_id=data.eot_id,
         )
         loss = torch.stack([objective(step) for objective in self.objectives.values()]).sum()
         for name, value in step.metrics.items():
@@ -134,7 +134,7 @@ class NanoChatModule(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(3, dtype=torch.float64)
-        table = self.trainer.datamodule.tokenizer.token_bytes()  # type: ignore[attr-defined]
+        table = self.trainer.datamodule.token_bytes()  # type: ignore[attr-defined]
         self._token_bytes = None if table is None else torch.as_tensor(table, device=self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
