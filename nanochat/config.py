@@ -87,7 +87,12 @@ def _run_name(task_name: str) -> str:
     return HydraConfig.get().job.override_dirname or task_name if _in_sweep() else task_name
 
 
-for _name, _resolver in {"choice": _choice, "sweep_name": _sweep_name, "run_name": _run_name}.items():
+def _conf(name: str) -> str:
+    """The path of a file of the configuration."""
+    return str(CONF / name)
+
+
+for _name, _resolver in {"choice": _choice, "sweep_name": _sweep_name, "run_name": _run_name, "conf": _conf}.items():
     OmegaConf.register_new_resolver(_name, _resolver, replace=True)
 
 
@@ -220,10 +225,21 @@ def _check_top_level(plain: dict[str, Any]) -> list[str]:
             continue
         if not isinstance(node, dict):
             problems.append(f"{feature}={node!r} is no option of a group {feature}; features are +{feature}=on or off.")
-        elif node and "_target_" not in node and made and feature not in made:
-            key = next(iter(node))
-            problems.append(f"{feature}.{key} is set but {feature} is not on; add +{feature}=on.")
+        elif "_target_" not in node:
+            problems += _check_untargeted(feature, node, made)
     return problems
+
+
+def _check_untargeted(feature: str, node: dict[str, Any], made: dict[str, Any]) -> list[str]:
+    """A feature that is off (where an experiment's values may be left), or one that only the model reads."""
+    path = CONF / feature / "on.yaml"
+    defined = OmegaConf.load(path) if path.is_file() else None
+    if defined is not None and "_target_" not in defined:
+        unknown = [key for key in node if key not in defined]
+        return [f"{feature}.{key} is no key of {feature}{did_you_mean(str(key), map(str, defined))}" for key in unknown]
+    if node and made and feature not in made:
+        return [f"{feature}.{next(iter(node))} is set but {feature} is not on; add +{feature}=on."]
+    return []
 
 
 def _resolve(node: Any, path: str, problems: list[str]) -> Any:

@@ -241,6 +241,8 @@ def fits(value: Any, annotation: Any) -> bool:
     if annotation in (str, Path):
         return isinstance(value, str)
     if origin in _SEQUENCES:
+        if isinstance(value, str):  # a text is a sequence of texts, and who takes a Sequence may want that
+            return origin in (collections.abc.Sequence, collections.abc.Iterable)
         if not isinstance(value, list):
             return False
         items = [i for i in inner if i is not Ellipsis]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,7 +32,7 @@ def refuse(overrides: Sequence[str]) -> None:
     for word in overrides:
         key, _, value = word.partition("=")
         name = key.lstrip("+")
-        if key.startswith("+") and name in features and value.strip("'\"").lower() in ("null", "none", ""):
+        if key.startswith("+") and "." not in name and value.strip("'\"").lower() in ("null", "none", ""):
             problems.append(f"{word} is not possible: leave it out, or say {key}=off.")
         if name in features and value.startswith("["):
             problems.append(f"{word} would merge several options of one group; choose one, or sweep with -m {key}=A,B.")
@@ -43,21 +44,33 @@ def refuse(overrides: Sequence[str]) -> None:
         raise ConfigError(problems)
 
 
-def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
+def explain(error: BaseException, overrides: Sequence[str] = (), *, resuming: bool = False) -> str:
     """One sentence for an error that Hydra or OmegaConf raised while composing.
 
     Args:
         overrides: the command line, to name the word that is wrong.
+        resuming: the primary configuration is that of a saved run, in which no group is left to choose.
     """
     text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename} cannot be used: {error.strerror}."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_option(error, overrides)
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read: overrides are key=value, and values with special characters quoted."
     if found := re.search(r"Could not override '([^']+)'\. No match in the defaults list", text):
-        return _not_chosen(found[1].split("@")[0], overrides)
+        name = found[1].split("@")[0]
+        if resuming:
+            return f"{_word(name, overrides)}: a resumed run keeps its {name}; change single values ({name}.KEY=VALUE)."
+        return _not_chosen(name, overrides)
     if found := re.search(r"Could not override '([^']+)'", text) or re.search(r"Could not delete.*?'([^']+)'", text):
         return _unknown_key(found[1], overrides)
+    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{found[1]}: several values are a sweep; add -m, or write [a,b] for a list."
+    if "Config group override must be a string" in text:
+        named = [word for word in overrides if word.partition("=")[0].lstrip("+") in groups()]
+        word = next((w for w in named if not isinstance(yaml.safe_load(w.partition("=")[2]), str)), "a group")
+        return f"{word}: a group takes the name of one of its options (see --help)."
     if found := re.search(r"force-add of config groups is not supported: '\+\+([^']+)'", text):
         return f"++{found[1]}: a group is added with one plus; write +{found[1]}."
     if found := re.search(r"(\S+) appears more than once in the final defaults list", text):

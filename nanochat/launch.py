@@ -28,8 +28,8 @@ from nanochat.errors import UserError
 from nanochat.hydra_errors import explain, refuse
 from nanochat.messages import print_error
 
-LEAVINGS = {".hydra", "train.log", "config.yaml", "model.json", "tokenizer.json"}
-"""what a run that never got as far as training may have written"""
+LEAVINGS = {".hydra", "train.log", "config.yaml", "model.json", "tokenizer.json", "multirun.yaml"}
+"""what a run or sweep that never got as far as training may have written"""
 
 
 @dataclass
@@ -72,7 +72,8 @@ class Hooks(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with hydra_settings(config):
-            _launch.sweep_folder = Path(HydraConfig.get().sweep.dir).absolute()
+            folder = _launch.sweep_folder = Path(HydraConfig.get().sweep.dir).absolute()
+            _launch.made = [path for path in (folder, *folder.parents) if not path.exists()]
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         _launch.started = True
@@ -102,10 +103,10 @@ def _check_folder(folder: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Remove the folder of a run that never began, and the empty folders made for it."""
+    """Remove the folder of a run (or sweep) that never began, and the empty folders made for it."""
     if folder.is_dir() and {path.name for path in folder.iterdir()} <= LEAVINGS:
         shutil.rmtree(folder, ignore_errors=True)
-        for path in _launch.made[1:]:
+        for path in _launch.made[1:] if _launch.made[:1] == [folder] else ():
             try:
                 path.rmdir()
             except OSError:
@@ -165,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _launch.started or full == "1":
             raise_unless_reported(error)
         else:
-            print_error(explain(error, words))
+            print_error(explain(error, words, resuming="resume" in words[:2]))
             return 2
     except Exception as error:
         raise_unless_reported(error)
@@ -174,7 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.pop("HYDRA_FULL_ERROR", None)
         if full is not None:
             os.environ["HYDRA_FULL_ERROR"] = full
-        if _launch.sweep_folder is not None:
+        if _launch.sweep_folder in _launch.made and not _launch.jobs:
+            _discard(_launch.sweep_folder)
+        elif _launch.sweep_folder is not None:
             sweep.report(_launch.jobs, _launch.sweep_folder)
     return sweep.exit_code(_launch.jobs)
 

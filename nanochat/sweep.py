@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.errors import UserError
+from nanochat.errors import ConfigError, UserError
 
 COLUMNS = {
     "val/loss": "val/loss",
@@ -52,7 +52,7 @@ class Job:
 
 def sentence(error: BaseException) -> str:
     """An error on one line."""
-    text = " ".join(str(error).split())
+    text = " ".join(error.problems) if isinstance(error, ConfigError) else " ".join(str(error).split())
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
