@@ -1,230 +1,277 @@
-"""Where text comes from: each corpus yields named documents in a fixed order and can be told apart from any other."""
+"""Corpora: where text comes from, as documents with names that stay the same on every machine.
+
+A corpus lists its files without reading them (`files`, `fingerprint`) and yields their documents in a fixed order,
+in bounded memory, as often as it is asked. What cannot be read as text is skipped, counted and named.
+"""
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
-import hashlib
 import io
 import json
-import logging
+import os
+import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import IO, NamedTuple
-
-import zstandard
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from nanochat.errors import UserError
 
-log = logging.getLogger(__name__)
+PART_BYTES = 32 << 20
+"""a longer file is read as several documents, so that memory does not grow with it"""
 
-CODE_EXTENSIONS = [
-    ".py",
-    ".rs",
-    ".c",
-    ".h",
-    ".cc",
-    ".cpp",
-    ".hpp",
-    ".java",
-    ".js",
-    ".ts",
-    ".tsx",
-    ".jsx",
-    ".go",
-    ".rb",
-    ".php",
-    ".swift",
-    ".kt",
-    ".scala",
-    ".cs",
-    ".jl",
-    ".lua",
-    ".pl",
-    ".r",
-    ".sh",
-    ".sql",
-    ".md",
-    ".toml",
-    ".yaml",
-    ".yml",
+LINE_BYTES = 64 << 20
+"""a longer line of a jsonl file is an error of the file"""
+
+CODE = [
+    f".{name}"
+    for name in (
+        "c cc cpp cs cu cuh go h hpp java jl js jsx kt lua m ml php pl py pyi r rb rs scala sh sql swift ts tsx zig"
+    ).split()
 ]
-TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+"""what `code` takes from a folder by default"""
+
+NOT_SOURCE = frozenset({"__pycache__", "node_modules"})
+NOT_LIBRARY = NOT_SOURCE | {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
-class Document(NamedTuple):
-    """One text, with a name that is the same on every machine."""
+@dataclass(frozen=True)
+class Document:
+    """A text that is a whole of its own."""
 
     name: str
     text: str
 
 
+@dataclass(frozen=True)
+class File:
+    """A file of a corpus, not yet read; `name` is relative to the folder that was given."""
+
+    name: str
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+@dataclass
+class Skipped:
+    """What could not be used: how much of it, and the first names with their reasons."""
+
+    count: int = 0
+    named: dict[str, str] = field(default_factory=dict)
+    limit: int = 1000
+
+    def add(self, name: str, reason: str) -> None:
+        """One more; a name is kept once."""
+        self.count += 1
+        if len(self.named) < self.limit:
+            self.named.setdefault(name, reason)
+
+    def __str__(self) -> str:
+        shown = [f"{name} ({reason})" for name, reason in list(self.named.items())[:5]]
+        more = f" and {self.count - len(shown)} more" if self.count > len(shown) else ""
+        return ", ".join(shown) + more
+
+
 class Corpus:
-    """A source of documents."""
-
-    def __init__(self) -> None:
-        self.skipped: list[str] = []
-        """names of the files (or records) that could not be read, with the reason; filled by `documents`"""
-
-    def documents(self) -> Iterator[Document]:
-        """Every readable document, in a fixed order; unreadable ones are added to `skipped`."""
-        raise NotImplementedError
-
-    def fingerprint(self) -> list[list]:
-        """What the content depends on, cheaply: names, sizes and times of change. JSON-able."""
-        raise NotImplementedError
-
-    def _skip(self, name: str, reason: str) -> None:
-        self.skipped.append(f"{name} ({reason})")
-
-
-class Files(Corpus):
-    """One document per file.
+    """Documents out of files.
 
     Args:
-        paths: files, folders (searched recursively) and globs.
-        extensions: of the files taken from folders; None takes all.
-        max_bytes: larger files are skipped; None is no limit.
-        without: names of folders that are left out.
-        option: the configuration key to name in errors.
-
-    Raises `UserError` when a path does not exist or nothing is found.
+        kind: the name under which `data.corpus` knows it.
+        paths: files, folders and globs (`~` and `**` work).
+        option: the option that named the paths, for messages.
+        extensions: what to take from folders, such as [".py"]; None takes every file.
+        max_file_bytes: larger files are skipped; None takes all.
+        excluded: names of folders that are not entered.
     """
 
     def __init__(
         self,
-        paths: Sequence[str],
-        extensions: Sequence[str] | None = None,
-        max_bytes: int | None = None,
-        without: frozenset[str] | set[str] = frozenset(),
+        kind: str,
+        paths: Sequence[str | Path],
         option: str = "data.paths",
+        extensions: Iterable[str] | None = None,
+        max_file_bytes: int | None = None,
+        excluded: frozenset[str] = NOT_SOURCE,
     ) -> None:
-        super().__init__()
-        self.paths, self.extensions, self.max_bytes = [str(p) for p in paths], extensions, max_bytes
-        self.without, self.option = without, option
+        self.kind, self.option = kind, option
+        self.paths = [str(path) for path in paths]
+        self.extensions = None if extensions is None else {e if e.startswith(".") else f".{e}" for e in extensions}
+        self.max_file_bytes, self.excluded = max_file_bytes, excluded
 
-    def files(self) -> list[tuple[str, Path]]:
-        """(name, path) of every file, sorted by name; names are relative to the path that found them."""
-        found: dict[Path, str] = {}
-        for given in self.paths:
-            expanded = str(Path(given).expanduser())
-            roots = [Path(p) for p in sorted(glob.glob(expanded, recursive=True))]
-            if not roots and Path(expanded).exists():  # a name with brackets in it
-                roots = [Path(expanded)]
-            if not roots:
-                raise UserError(f"{self.option}: there is nothing at {given!r}.")
-            for root in roots:
-                if root.is_file():
-                    found.setdefault(root.resolve(), root.name)
+    def files(self, skipped: Skipped | None = None) -> list[File]:
+        """The files in the order in which they are read: by argument, then by name.
+
+        Raises:
+            UserError: a path that is not there, or a glob without a match.
+        """
+        skipped = Skipped() if skipped is None else skipped
+        found: dict[str, File] = {}
+        for argument in self.paths:
+            for name, path in self._expand(argument):
+                try:
+                    status = path.stat()
+                except OSError as error:
+                    skipped.add(name, error.strerror or "unreadable")
                     continue
-                for path in sorted(root.rglob("*")):
-                    relative = path.relative_to(root)
-                    if self._wanted(relative) and path.is_file():
-                        found.setdefault(path.resolve(), relative.as_posix())
-        if not found:
-            kinds = f" with one of the extensions {', '.join(self.extensions)}" if self.extensions else ""
-            raise UserError(f"{self.option}={self.paths} holds no files{kinds}.")
-        return sorted(((name, path) for path, name in found.items()), key=lambda pair: (pair[0], str(pair[1])))
+                if not stat.S_ISREG(status.st_mode):
+                    skipped.add(name, "no regular file")
+                elif self.max_file_bytes is not None and status.st_size > self.max_file_bytes:
+                    skipped.add(name, f"more than {self.max_file_bytes} bytes")
+                else:
+                    # two paths that overlap must not give a file twice
+                    found.setdefault(os.path.realpath(path), File(name, path, status.st_size, status.st_mtime_ns))
+        return list(found.values())
 
-    def _wanted(self, relative: Path) -> bool:
-        hidden = any(part.startswith(".") for part in relative.parts)
-        return (
-            not hidden
-            and not self.without.intersection(relative.parts[:-1])
-            and (self.extensions is None or relative.suffix in self.extensions)
-        )
-
-    def fingerprint(self) -> list[list]:
-        return [[name, *_stat(path)] for name, path in self.files()]
-
-    def documents(self) -> Iterator[Document]:
-        for name, path in self.files():
+    def documents(self, skipped: Skipped | None = None) -> Iterator[Document]:
+        """The documents that hold more than white space, in order."""
+        skipped = Skipped() if skipped is None else skipped
+        for file in self.files(skipped):
             try:
-                data = path.read_bytes()
+                for document in self.read(file, skipped):
+                    if document.text.strip():
+                        yield document
             except OSError as error:
-                self._skip(name, error.strerror or "unreadable")
-                continue
-            if self.max_bytes is not None and len(data) > self.max_bytes:
-                self._skip(name, f"{len(data):,} bytes")
-                continue
-            try:
-                text = data.decode("utf-8")
-            except UnicodeDecodeError:
-                self._skip(name, "not UTF-8")
-                continue
-            if "\0" in text:
-                self._skip(name, "binary")
-            elif text.strip():
-                yield Document(name, text)
+                skipped.add(file.name, error.strerror or str(error) or "unreadable")
+
+    def read(self, file: File, skipped: Skipped) -> Iterator[Document]:
+        """The documents of one file."""
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        text, index = "", 0
+        with open(file.path, "rb") as stream:
+            while True:
+                data = stream.read(PART_BYTES)
+                where = file.name if index == 0 else f"{file.name} from part {index}"
+                if b"\0" in data:
+                    return skipped.add(where, "binary")
+                try:
+                    text += decoder.decode(data, final=not data)
+                except UnicodeDecodeError:
+                    return skipped.add(where, "not UTF-8")
+                if len(data) == PART_BYTES:
+                    cut = text.rfind("\n") + 1 or len(text)
+                    yield Document(f"{file.name}#{index}", text[:cut])
+                    text, index = text[cut:], index + 1
+                elif not data:
+                    return (yield Document(file.name if index == 0 else f"{file.name}#{index}", text))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What changes whenever the documents could: names, sizes and times of the files, and how they are read."""
+        return {
+            "kind": self.kind,
+            "reader": type(self).__name__,
+            "files": [[file.name, file.size, file.mtime_ns] for file in self.files()],
+        }
+
+    def _expand(self, argument: str) -> Iterator[tuple[str, Path]]:
+        path = Path(argument).expanduser()
+        if path.is_dir():
+            yield from self._walk(path)
+        elif path.is_symlink() or path.exists():
+            yield path.name, path
+        elif glob.has_magic(argument):
+            fixed = Path(*_before_magic(path.parts))
+            matches = sorted(glob.glob(str(path), recursive=True))
+            if not matches:
+                raise UserError(f"{self.option}={argument} matches no file.")
+            for match in matches:
+                if not os.path.isdir(match):
+                    yield PurePosixPath(os.path.relpath(match, fixed)).as_posix(), Path(match)
+        else:
+            raise UserError(f"{self.option}={argument} does not exist; give a file, a folder or a glob.")
+
+    def _walk(self, root: Path) -> Iterator[tuple[str, Path]]:
+        names = []
+        for folder, folders, files in os.walk(root):  # does not follow links: loops, and text that counts twice
+            folders[:] = [f for f in folders if not f.startswith(".") and f not in self.excluded]
+            for file in files:
+                if not file.startswith(".") and (self.extensions is None or Path(file).suffix in self.extensions):
+                    names.append(Path(folder, file).relative_to(root).as_posix())
+        for name in sorted(names):
+            yield name, root / name
 
 
-class Stdlib(Files):
-    """The source of Python's own standard library, without its tests: real text on every machine."""
+def _before_magic(parts: Sequence[str]) -> list[str]:
+    kept = []
+    for part in parts:
+        if glob.has_magic(part):
+            break
+        kept.append(part)
+    return kept
 
-    def __init__(self) -> None:
-        super().__init__([sysconfig.get_paths()["stdlib"]], [".py"], without=TEST_FOLDERS, option="data=stdlib")
 
+class JsonLines(Corpus):
+    """One document per line of .jsonl, .jsonl.gz or .jsonl.zst files: the text under `text_key`."""
 
-class JsonLines(Files):
-    """One document per line of .jsonl, .jsonl.gz or .jsonl.zst files.
-
-    Args:
-        text_key: the key of each record that holds the text.
-    """
-
-    def __init__(self, paths: Sequence[str], text_key: str = "text", option: str = "data.paths") -> None:
-        super().__init__(paths, option=option)
+    def __init__(self, *args: Any, text_key: str = "text", **options: Any) -> None:
+        super().__init__(*args, **options)
         self.text_key = text_key
 
-    def _wanted(self, relative: Path) -> bool:
-        endings = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-        return super()._wanted(relative) and relative.name.endswith(endings)
-
-    def documents(self) -> Iterator[Document]:
-        for name, path in self.files():
-            try:
-                with _open_lines(path) as lines:
-                    for number, line in enumerate(lines, 1):
-                        yield from self._record(f"{name}:{number}", line)
-            except (OSError, EOFError, zstandard.ZstdError) as error:
-                self._skip(name, f"unreadable: {error}")
-
-    def _record(self, name: str, line: bytes) -> Iterator[Document]:
-        if not line.strip():
-            return
+    def read(self, file: File, skipped: Skipped) -> Iterator[Document]:
+        number = 0
         try:
-            text = json.loads(line)[self.text_key]
-        except UnicodeDecodeError:
-            self._skip(name, "not UTF-8")
-        except ValueError:
-            self._skip(name, "not JSON")
-        except (KeyError, TypeError, IndexError):
-            self._skip(name, f"no key {self.text_key!r}")
-        else:
-            if not isinstance(text, str):
-                self._skip(name, f"{self.text_key!r} is no string")
-            elif text.strip():
-                # a lone surrogate is legal JSON and no text
-                yield Document(name, text.encode("utf-8", "replace").decode("utf-8"))
+            with _open(file.path) as stream:
+                while line := stream.readline(LINE_BYTES + 1):
+                    number += 1
+                    if len(line) > LINE_BYTES:
+                        return skipped.add(f"{file.name}:{number}", f"a line of more than {LINE_BYTES} bytes")
+                    name = f"{file.name}:{number}"
+                    if line.strip() and (text := self._text(line, name, skipped)):
+                        yield Document(name, text)
+        except (EOFError, zlib.error, OSError, _zstd_error()) as error:
+            skipped.add(f"{file.name} from line {number + 1}", f"{error}".rstrip(".") or "damaged")
+
+    def _text(self, line: bytes, name: str, skipped: Skipped) -> str:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            skipped.add(name, "no JSON")
+            return ""
+        text = record.get(self.text_key) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            skipped.add(name, f"no text under {self.text_key!r}")
+            return ""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            skipped.add(name, "half a surrogate pair")
+            return ""
+        return text
+
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint() | {"text_key": self.text_key}
 
 
-def _open_lines(path: Path) -> IO[bytes]:
+def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.suffix == ".zst":
-        return io.BufferedReader(zstandard.open(path, "rb"))  # type: ignore[arg-type]
-    return path.open("rb")
+        import zstandard
+
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(
+            open(path, "rb"),  # noqa: SIM115 - closed with the reader
+            read_across_frames=True,
+            closefd=True,
+        )
+        return io.BufferedReader(reader)  # type: ignore[arg-type]
+    return open(path, "rb")
 
 
-def _stat(path: Path) -> list[int]:
-    try:
-        stat = path.stat()
-    except OSError:
-        return [-1, -1]
-    return [stat.st_size, stat.st_mtime_ns]
+def _zstd_error() -> type[Exception]:
+    import zstandard
+
+    return zstandard.ZstdError
 
 
-def held_out(name: str, every: int = 20) -> bool:
-    """Whether a document belongs to validation: a fixed hash of its name, one in `every`."""
-    return int(hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest(), 16) % every == 0
+def standard_library() -> Corpus:
+    """The running Python's own library without its tests: some 12 MB of real text on every machine."""
+    return Corpus("stdlib", [sysconfig.get_paths()["stdlib"]], "data.corpus", extensions=[".py"], excluded=NOT_LIBRARY)
+
+
+KINDS: dict[str, Callable[..., Corpus]] = {"text": Corpus, "code": Corpus, "jsonl": JsonLines}
+"""corpora that read a user's files; each is called as `KINDS[kind](kind, paths, option, **options)`"""

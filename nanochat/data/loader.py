@@ -1,185 +1,115 @@
-"""Batches from tokens. The order is a pure function of (seed, micro-batch number), whatever the speed of the reader."""
+"""Batches ahead of their use: a thread makes them while the network works."""
 
 from __future__ import annotations
 
+import itertools
+import os
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Iterator
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from nanochat.errors import UserError
-
-IGNORED = -100
-Batch = dict[str, Tensor]
+from nanochat.data.dataset import Batch, Batches
 
 
-class TrainSet(Protocol):
-    """Rows of training tokens by number."""
+class PrefetchLoader:
+    """The endless sequence of micro-batches from number `start` on.
 
-    def row(self, number: int) -> np.ndarray:
-        """(T + 1,) token ids of the row with this number; the numbers have no end."""
-        ...
-
-
-class Windows:
-    """Training rows cut out of one long stream of tokens.
-
-    Each epoch is a permutation of the windows of `seq_len` tokens, which begin at a shift that is drawn anew for every
-    epoch; a window's last target is the first token of the next. So an epoch shows each token once, but for less
-    than a window at either end.
+    It has no `state_dict` on purpose: Lightning reads ahead of training and would save the position of what was
+    fetched. The position of what was *used* is the DataModule's.
 
     Args:
-        tokens: (n,) ids.
-        seq_len: T; raises `UserError` when the text is shorter than T + 1 tokens.
-        seed: with the epoch's number, the whole randomness of the order.
+        batches: micro-batches by number.
+        depth: batches that wait ready at most.
+        device: a CUDA device: batches are put into pinned memory, from which they are copied in the background.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, seed: int) -> None:
-        if len(tokens) < seq_len + 1:
-            raise UserError(
-                f"the training text has only {len(tokens)} tokens, fewer than data.seq_len + 1 = {seq_len + 1}; "
-                "give more text or a shorter data.seq_len."
-            )
-        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self.windows = max(1, (len(tokens) - seq_len) // seq_len)
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
-        self._shift = 0
-
-    def _begin(self, epoch: int) -> None:
-        generator = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, epoch]))
-        room = len(self.tokens) - 1 - self.windows * self.seq_len
-        self._shift = int(generator.integers(min(self.seq_len - 1, room) + 1))
-        self._order = generator.permutation(self.windows)
-        self._epoch = epoch
-
-    def row(self, number: int) -> np.ndarray:
-        epoch, place = divmod(number, self.windows)
-        if epoch != self._epoch:
-            self._begin(epoch)
-        start = self._shift + int(self._order[place]) * self.seq_len
-        return np.asarray(self.tokens[start : start + self.seq_len + 1], dtype=np.int64)
-
-
-def make_batch(rows: list[np.ndarray]) -> Batch:
-    """Rows of T + 1 tokens -> tokens and targets (B, T) int64."""
-    block = torch.from_numpy(np.stack(rows))  # (B, T + 1)
-    return {"tokens": block[:, :-1].contiguous(), "targets": block[:, 1:].contiguous()}
-
-
-class TrainLoader:
-    """Endless batches, prepared ahead by a thread.
-
-    Args:
-        rows: where the rows come from.
-        batch_size: B.
-        start: asked when the iteration begins: the number of the first micro-batch.
-        prefetch: micro-batches that wait ready.
-        pin_memory: put them into page-locked memory, for CUDA.
-
-    `wait_seconds` is the time that the consumer has spent waiting for a batch. There is deliberately no `state_dict`:
-    Lightning reads ahead and would save the position of what was fetched, not of what was trained on.
-    """
-
-    def __init__(
-        self, rows: TrainSet, batch_size: int, start: Callable[[], int], prefetch: int = 4, pin_memory: bool = False
-    ) -> None:
-        self.rows, self.batch_size, self.start = rows, batch_size, start
-        self.prefetch, self.pin_memory = prefetch, pin_memory
+    def __init__(self, batches: Batches, start: int = 0, depth: int = 4, device: torch.device | None = None) -> None:
+        self.batches, self.start, self.depth = batches, start, depth
+        self.device = device if device is not None and device.type == "cuda" else None
         self.wait_seconds = 0.0
-
-    def batch(self, number: int) -> Batch:
-        """Micro-batch number `number`."""
-        first = number * self.batch_size
-        batch = make_batch([self.rows.row(first + i) for i in range(self.batch_size)])
-        return {name: t.pin_memory() for name, t in batch.items()} if self.pin_memory else batch
+        """seconds that consumers have waited for batches, over all iterators"""
 
     def __iter__(self) -> Iterator[Batch]:
-        return _Prefetcher(self)
+        return _Iterator(self)
 
 
-class _Prefetcher(Iterator[Batch]):
-    """Runs a thread that fills a queue; the thread ends with the iterator."""
+class _Iterator:
+    """Starts its thread with the first batch asked for, since Lightning makes iterators that it never uses."""
 
-    def __init__(self, loader: TrainLoader) -> None:
-        self.loader = loader
-        self.queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=loader.prefetch)
-        self.stop = threading.Event()
-        self.thread = threading.Thread(
-            target=_fill, args=(loader, loader.start(), self.queue, self.stop), daemon=True, name="nanochat-data"
-        )
-        self.thread.start()
-        # the thread holds no reference to this iterator, so that dropping the iterator ends the thread
-        self._finalizer = weakref.finalize(self, self.stop.set)
+    def __init__(self, loader: PrefetchLoader) -> None:
+        self._loader, self._next = loader, loader.start
+        self._pid = os.getpid()
+        self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+        self._free = threading.Semaphore(loader.depth)
+        self._stop = threading.Event()
+        self._finalizer: weakref.finalize | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
 
     def __next__(self) -> Batch:
-        if self.stop.is_set():
-            raise StopIteration
-        start = time.perf_counter()
-        item = self.queue.get()
-        self.loader.wait_seconds += time.perf_counter() - start
-        if isinstance(item, BaseException):
+        began = time.perf_counter()
+        if self._pid != os.getpid():  # a fork has no thread, but batches are functions of their number
+            batch: Batch | BaseException = self._loader.batches.batch(self._next)
+        else:
+            if self._finalizer is None:
+                self._begin()
+            batch = self._ready.get()
+        self._loader.wait_seconds += time.perf_counter() - began
+        if isinstance(batch, BaseException):
             self.close()
-            raise item
-        return item
+            self._ready.put(batch)  # whoever asks again gets the same answer
+            raise batch
+        self._free.release()
+        self._next += 1
+        return batch
 
     def close(self) -> None:
-        """End the thread."""
-        self.stop.set()
-        self.thread.join(timeout=5)
+        """End the thread; also done when the iterator is dropped and when the interpreter ends."""
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def _begin(self) -> None:
+        loader = self._loader
+        # the thread knows nothing of the iterator, so that dropping the iterator can end the thread
+        thread = threading.Thread(
+            target=_produce,
+            args=(loader.batches, loader.start, loader.device, self._ready, self._free, self._stop),
+            name="nanochat-prefetch",
+            daemon=True,
+        )
+        self._finalizer = weakref.finalize(self, _end, thread, self._free, self._stop, self._pid)
+        thread.start()
 
 
-def _fill(loader: TrainLoader, number: int, ready: queue.Queue, stop: threading.Event) -> None:
+def _produce(
+    batches: Batches,
+    start: int,
+    device: torch.device | None,
+    ready: queue.SimpleQueue,
+    free: threading.Semaphore,
+    stop: threading.Event,
+) -> None:
     try:
-        while not stop.is_set():
-            _put(loader.batch(number), ready, stop)
-            number += 1
-    except BaseException as error:  # handed to the consumer, which raises it
-        _put(error, ready, stop)
+        if device is not None:
+            torch.cuda.set_device(device)
+        for index in itertools.count(start):
+            free.acquire()
+            if stop.is_set():
+                return
+            batch = batches.batch(index)
+            ready.put(batch if device is None else {name: tensor.pin_memory() for name, tensor in batch.items()})
+    except BaseException as error:
+        ready.put(error)
 
 
-def _put(item: Batch | BaseException, ready: queue.Queue, stop: threading.Event) -> None:
-    while not stop.is_set():
-        try:
-            return ready.put(item, timeout=0.1)
-        except queue.Full:
-            continue
-
-
-class ValidationLoader:
-    """Fixed windows over the validation tokens, in order, each target once; the last one is padded.
-
-    Args:
-        tokens: (n,) ids; at least two.
-        seq_len: T.
-        batch_size: B; the last batch may be smaller.
-    """
-
-    def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int) -> None:
-        if len(tokens) < 2:
-            raise UserError("the validation text has fewer than two tokens; give more text (data.val_paths).")
-        self.tokens, self.seq_len, self.batch_size = tokens, seq_len, batch_size
-        self.windows = -(-(len(tokens) - 1) // seq_len)
-
-    def __len__(self) -> int:
-        return -(-self.windows // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for first in range(0, self.windows, self.batch_size):
-            rows = [self._row(w) for w in range(first, min(first + self.batch_size, self.windows))]
-            batch = make_batch([row for row, _ in rows])
-            for i, (_, real) in enumerate(rows):
-                batch["targets"][i, real:] = IGNORED
-            yield batch
-
-    def _row(self, window: int) -> tuple[np.ndarray, int]:
-        piece = self.tokens[window * self.seq_len : (window + 1) * self.seq_len + 1]
-        row = np.zeros(self.seq_len + 1, dtype=np.int64)
-        row[: len(piece)] = piece
-        return row, len(piece) - 1
+def _end(thread: threading.Thread, free: threading.Semaphore, stop: threading.Event, pid: int) -> None:
+    if pid != os.getpid():  # in a fork the thread is gone, and its locks may be held for ever
+        return
+    stop.set()
+    free.release()
+    thread.join()

@@ -1,241 +1,339 @@
-"""The LightningDataModule: a corpus, its tokenizer, and the position in the data."""
+"""The LightningDataModule: a corpus, its tokenizer, and the position of a run in it."""
 
 from __future__ import annotations
 
-import gzip
-import lzma
-from collections.abc import Sequence
+import glob
+import logging
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import lightning
 import numpy as np
 import torch
-from lightning import LightningDataModule
 
-from nanochat.data.corpora import CODE_EXTENSIONS, Corpus, Files, JsonLines, Stdlib
-from nanochat.data.loader import TrainLoader, TrainSet, ValidationLoader, Windows
-from nanochat.data.prepare import Source, prepare
+from nanochat.data.corpora import CODE, KINDS, Corpus, standard_library
+from nanochat.data.dataset import TrainBatches, ValBatches
+from nanochat.data.loader import PrefetchLoader
+from nanochat.data.prepare import COMPRESSED_BYTES, compression_of, prepare
 from nanochat.data.shards import Shards
-from nanochat.data.synthetic import Synthetic
-from nanochat.data.tokenizer import Bytes, Tokenizer
+from nanochat.data.synthetic import VALIDATION_FROM, FiniteBatches, NoText, SyntheticBatches
+from nanochat.data.tokenizer import BPE, Tokenizer, TokenizerSpec
 from nanochat.errors import ConfigError, UserError
 
-CORPORA = ("stdlib", "text", "code", "jsonl", "synthetic")
-COMPRESSION_LIMIT = 4_000_000  # bytes of validation text that gzip and xz are given
+log = logging.getLogger(__name__)
+
+CORPORA = ("stdlib", *KINDS, "synthetic")
+DEFAULT_CACHE = "~/.cache/nanochat"
 
 
-class DataModule(LightningDataModule):
-    """Text on its way into batches {tokens, targets: (B, T) int64; ignored target -100}.
+class DataModule(lightning.LightningDataModule):
+    """Batches {"tokens", "targets"}: (B, T) int64, target -100 = ignored, from a corpus.
 
     Args:
         corpus: stdlib, text, code, jsonl or synthetic.
-        tokenizer: what builds the tokenizer (`nanochat.data.tokenizer.BPE` and its like).
-        paths, val_paths: the user's own files, folders and globs; without `val_paths` one document in twenty is held out.
-        extensions, max_file_bytes: which files of folders to take.
-        text_key: of a JSON record.
-        seq_len: T.
-        batch_size, val_batch_size: sequences of a micro-batch.
-        val_tokens: tokens of the validation split that are used; None = all.
-        seed: of the order.
-        prefetch: micro-batches prepared ahead.
-        cache_dir: where token shards are kept.
-        synthetic_vocab: vocabulary of corpus=synthetic.
+        tokenizer: a specification (nanochat.data.tokenizer.BPE, Byte, GPT2) or a Tokenizer; not used by `synthetic`.
+        paths: your files, folders or globs; with `stdlib` they are read as `text` in its place.
+        val_paths: the same for validation; without, a twentieth of the documents is put aside.
+        extensions: what to take from folders; None is every file (code: those of programming languages).
+        max_file_bytes: larger files are skipped; None takes all.
+        text_key: jsonl: the key of a record under which its text is.
+        vocab_size: synthetic: ids of the sequences; "auto" is the tokenizer's 257.
+        seq_len: tokens of a sequence.
+        batch_size: sequences of a micro-batch.
+        val_batch_size: sequences of a validation batch; None takes batch_size.
+        val_tokens: validate on the first so many tokens; None takes all.
+        seed: of the order of training.
+        cache_dir: where prepared data is kept.
+        prefetch: batches made ahead.
 
-    `consumed` counts the micro-batches trained on; the training loop raises it. Raises `ConfigError` for impossible
-    values, and `UserError` in `prepare_data` when the text cannot be used.
+    `consumed` counts the micro-batches that were trained on; the LightningModule adds to it.
+
+    Raises:
+        ConfigError: arguments that cannot be used, each with a sentence.
     """
 
     def __init__(
         self,
-        corpus: str,
-        tokenizer: Any = None,
-        paths: Sequence[str] = (),
-        val_paths: Sequence[str] | None = None,
-        extensions: Sequence[str] | None = None,
+        corpus: str = "stdlib",
+        tokenizer: TokenizerSpec | Tokenizer | None = None,
+        paths: str | list[str] | None = None,
+        val_paths: str | list[str] | None = None,
+        extensions: list[str] | None = None,
         max_file_bytes: int | None = None,
         text_key: str = "text",
+        vocab_size: int | str = "auto",
         seq_len: int = 256,
         batch_size: int = 8,
-        val_batch_size: int = 8,
+        val_batch_size: int | None = None,
         val_tokens: int | None = 100_000,
         seed: int = 0,
+        cache_dir: str = DEFAULT_CACHE,
         prefetch: int = 4,
-        cache_dir: str = "~/.cache/nanochat",
-        synthetic_vocab: int | str | None = None,
     ) -> None:
         super().__init__()
-        problems = []
-        if corpus not in CORPORA:
-            problems.append(f"data.corpus={corpus!r} is unknown; choose one of {', '.join(CORPORA)}.")
-        paths = [paths] if isinstance(paths, str) else list(paths or ())
-        val_paths = [val_paths] if isinstance(val_paths, str) else list(val_paths or ())
-        if corpus in ("text", "code", "jsonl") and not paths:
-            problems.append(f"data={corpus} needs text: give data.paths=[FILE,FOLDER,GLOB].")
-        if corpus in ("stdlib", "synthetic") and (paths or val_paths):
-            problems.append(f"data={corpus} reads no files; for your own say data=text data.paths=[...].")
-        sizes = {"seq_len": seq_len, "batch_size": batch_size, "val_batch_size": val_batch_size, "prefetch": prefetch}
-        if val_tokens is not None:
-            sizes["val_tokens"] = val_tokens
-        if max_file_bytes is not None:
-            sizes["max_file_bytes"] = max_file_bytes
-        for name, value in sizes.items():
-            low = 2 if name == "val_tokens" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                problems.append(f"data.{name}={value!r} must be a whole number of at least {low}.")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            problems.append(f"data.seed={seed!r} must be a whole number.")
-        if corpus == "synthetic" and isinstance(synthetic_vocab, int) and synthetic_vocab < 2:
-            problems.append(f"data.synthetic_vocab={synthetic_vocab} must be at least 2.")
+        self.corpus, self.paths, self.val_paths = corpus, _as_list(paths), _as_list(val_paths)
+        self.extensions, self.max_file_bytes, self.text_key = extensions, max_file_bytes, text_key
+        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        self.val_batch_size, self.val_tokens = batch_size if val_batch_size is None else val_batch_size, val_tokens
+        self.cache_dir, self.prefetch = str(cache_dir), prefetch
+        self._synthetic_vocabulary, self._spec = vocab_size, tokenizer if tokenizer is not None else BPE()
+        problems = list(self._problems())
         if problems:
             raise ConfigError(problems)
-        self.corpus, self.paths, self.val_paths = corpus, paths, val_paths
-        self.extensions = None if extensions is None else [e if e.startswith(".") else f".{e}" for e in extensions]
-        self.max_file_bytes, self.text_key = max_file_bytes, text_key
-        self.seq_len, self.batch_size, self.val_batch_size = seq_len, batch_size, val_batch_size
-        self.val_tokens, self.seed, self.prefetch, self.cache_dir = val_tokens, seed, prefetch, cache_dir
-        self.synthetic_vocab = synthetic_vocab
-        self.tokenizer_spec = Bytes() if tokenizer is None or corpus == "synthetic" else tokenizer
+        if corpus == "stdlib" and self.paths:
+            self.corpus = "text"
         self.consumed = 0
-        self.shards: Shards | None = None
-        self._tokenizer: Tokenizer | None = None
-        self._train_loader: TrainLoader | None = None
+        self.loader: PrefetchLoader | None = None
+        """the training loader that was made last; its `wait_seconds` is what train/data_wait shows"""
+        self._restored: dict[str, Any] | None = None
+        self._shards: Shards | None = None
+        self._train: TrainBatches | SyntheticBatches | None = None
+        self._val: ValBatches | FiniteBatches | None = None
 
-    # ---- building -----------------------------------------------------------------------------------------------
+    # ---- what was given ---------------------------------------------------------------------------------------------
+
+    def _problems(self) -> Iterator[str]:
+        if self.corpus not in CORPORA:
+            yield f"data.corpus={self.corpus} must be one of {', '.join(CORPORA)}."
+            return
+        for name in ("seq_len", "batch_size", "val_batch_size", "prefetch"):
+            if not _is_count(getattr(self, name), 1):
+                yield f"data.{name}={getattr(self, name)} must be a whole number of at least 1."
+        for name in ("val_tokens", "max_file_bytes"):
+            value = getattr(self, name)
+            if value is not None and not _is_count(value, 1):
+                yield f"data.{name}={value} must be a whole number of at least 1, or null."
+        if not _is_count(self.seed, 0):
+            yield f"data.seed={self.seed} must be a whole number of at least 0."
+        if not self.cache_dir.strip():
+            yield "data.cache_dir is empty; give a folder."
+        if not isinstance(self.text_key, str):
+            yield f"data.text_key={self.text_key} must be a text."
+        extensions = self.extensions
+        if extensions is not None and not (_is_texts(extensions) and extensions):
+            yield f"data.extensions={extensions} must be a list such as [.py,.rs], or null."
+        if not isinstance(self._spec, Tokenizer) and not hasattr(self._spec, "build"):
+            yield f"data.tokenizer={self._spec!r} is neither a tokenizer nor a specification of one."
+        if self.corpus == "synthetic":
+            vocabulary = self._synthetic_vocabulary
+            if vocabulary != "auto" and not _is_count(vocabulary, 2):
+                yield f"data.vocab_size={vocabulary} must be a whole number of at least 2, or auto."
+            if self.paths or self.val_paths:
+                yield "data.paths has no use with data=synthetic; choose data=text, code or jsonl."
+            return
+        if self.corpus in KINDS and not self.paths:
+            yield f"data.paths is empty; name files, folders or globs for data={self.corpus}: data.paths=[my.txt]."
+        if self.val_paths and not self.paths:
+            yield "data.val_paths needs data.paths: your validation text belongs to your training text."
+        for name in ("paths", "val_paths"):
+            if not _is_texts(getattr(self, name)):
+                yield f"data.{name}={getattr(self, name)} must be a list of files, folders and globs."
+                continue
+            for path in getattr(self, name):
+                if not Path(path).expanduser().exists() and not glob.has_magic(path):
+                    yield f"data.{name}={path} does not exist; give a file, a folder or a glob."
 
     def _corpus(self, paths: list[str], option: str) -> Corpus:
         if self.corpus == "stdlib":
-            return Stdlib()
+            return standard_library()
+        options: dict[str, Any] = {"max_file_bytes": self.max_file_bytes, "extensions": self.extensions}
+        if self.corpus == "code" and self.extensions is None:
+            options["extensions"] = CODE
         if self.corpus == "jsonl":
-            return JsonLines(paths, self.text_key, option=option)
-        extensions = self.extensions
-        if extensions is None and self.corpus == "code":
-            extensions = CODE_EXTENSIONS
-        return Files(paths, extensions, self.max_file_bytes, option=option)
+            options["text_key"] = self.text_key
+        return KINDS[self.corpus](self.corpus, paths, option, **options)
+
+    # ---- preparing --------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Build the shards, or find them in the cache. Raises `UserError` when the text cannot be used."""
-        if self._tokenizer is not None:
+        """Build the shards, or find them in the cache.
+
+        Raises:
+            UserError: no text, or too little of it for one sequence; a cache that cannot be used.
+        """
+        if self._train is not None:
             return
         if self.corpus == "synthetic":
-            self._tokenizer = self.tokenizer_spec.build(())
+            sizes = (self.vocab_size, self.seq_len)
+            self._train = SyntheticBatches(*sizes, self.batch_size, self.seed)
+            windows = -(-(100_000 if self.val_tokens is None else self.val_tokens) // self.seq_len)
+            rows = min(self.val_batch_size, windows)
+            self._val = FiniteBatches(*sizes, rows, self.seed, VALIDATION_FROM, -(-windows // rows))
             return
-        validation = self._corpus(self.val_paths, "data.val_paths") if self.val_paths else None
-        source = Source(self._corpus(self.paths, "data.paths"), validation)
-        self.shards, self._tokenizer = prepare(source, self.tokenizer_spec, self.cache_dir)
-        self.train_rows()  # a text that is too short is found here, before a model is built
-        ValidationLoader(self.validation_tokens, self.seq_len, self.val_batch_size)
+        val_corpus = self._corpus(self.val_paths, "data.val_paths") if self.val_paths else None
+        corpus = self._corpus(self.paths, "data.paths")
+        shards = prepare(corpus, self._spec, self.cache_dir, val_corpus)
+        size = shards.tokenizer.vocab_size
+        train = TrainBatches(shards.train.tokens, self.seq_len, self.batch_size, self.seed, size)
+        self._val = ValBatches(shards.val.tokens, self.seq_len, self.val_batch_size, size, self.val_tokens)
+        self._shards, self._train = shards, train
 
     def setup(self, stage: str | None = None) -> None:
-        """Nothing that `prepare_data` has not done in this process."""
+        """Open what `prepare_data` has made."""
         self.prepare_data()
+        if self._restored is not None:
+            self._compare(self._restored)
 
-    @property
+    def _prepared(self) -> Shards | None:
+        """The shards; None for `synthetic`."""
+        if self._train is None:
+            raise RuntimeError("call prepare_data() first")
+        return self._shards
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer; there once the data is prepared."""
-        if self._tokenizer is None:
-            self.prepare_data()
-        assert self._tokenizer is not None
-        return self._tokenizer
+        """The tokenizer of the tokens."""
+        if self.corpus == "synthetic":
+            return NoText()
+        shards = self._prepared()
+        assert shards is not None
+        return shards.tokenizer
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that can occur."""
-        if self.corpus == "synthetic" and isinstance(self.synthetic_vocab, int):
-            return self.synthetic_vocab
+        """Ids that occur are below."""
+        if self.corpus == "synthetic" and self._synthetic_vocabulary != "auto":
+            return int(self._synthetic_vocabulary)
         return self.tokenizer.vocab_size
 
     @property
     def eot_id(self) -> int | None:
-        """The token before each document; None when the data has no documents."""
+        """The token before each document; None where there are no documents."""
         return None if self.corpus == "synthetic" else self.tokenizer.eot_id
 
-    def token_bytes(self) -> np.ndarray | None:
-        """(vocab,) int32 bytes of text per token; None when the data is no text."""
-        return None if self.corpus == "synthetic" else self.tokenizer.token_bytes()
+    @property
+    def header(self) -> dict[str, Any]:
+        """The shards' header; `{}` for `synthetic`."""
+        shards = self._prepared()
+        return {} if shards is None else shards.header
 
-    def train_rows(self) -> TrainSet:
-        """The training rows by number."""
-        if self.shards is None:
-            return Synthetic(self.vocab_size, self.seq_len, self.seed)
-        return Windows(self.shards.train, self.seq_len, self.seed)
+    @property
+    def train_tokens(self) -> int | None:
+        """Tokens of the training split; None for `synthetic`, which has no end."""
+        shards = self._prepared()
+        return None if shards is None else len(shards.train.tokens)
 
     @cached_property
-    def validation_tokens(self) -> np.ndarray:
-        """The token ids that validation reads."""
-        if self.shards is None:
-            rows = Synthetic(self.vocab_size, self.seq_len, self.seed + 1)
-            tokens = np.concatenate([rows.row(i) for i in range(24)])
-        else:
-            tokens = self.shards.val
-        return tokens if self.val_tokens is None else tokens[: self.val_tokens]
+    def val_bytes(self) -> int | None:
+        """Bytes of text that a validation covers (`val_tokens` may cut the split); None without text."""
+        ids, table = self._val_targets(), self.tokenizer.token_bytes()
+        return None if ids is None or table is None else int(table[ids].sum())
 
-    # ---- loading ------------------------------------------------------------------------------------------------
-
-    def train_dataloader(self) -> TrainLoader:
-        """Endless batches from micro-batch `consumed` on; the same loader at every call."""
-        if self._train_loader is None:
-            pin = torch.cuda.is_available()
-            self._train_loader = TrainLoader(
-                self.train_rows(), self.batch_size, lambda: self.consumed, self.prefetch, pin
-            )
-        return self._train_loader
-
-    def val_dataloader(self) -> ValidationLoader:
-        """The fixed validation windows."""
-        return ValidationLoader(self.validation_tokens, self.seq_len, self.val_batch_size)
-
-    # ---- resume -------------------------------------------------------------------------------------------------
-
-    def identity(self) -> dict[str, Any]:
-        """What makes micro-batch number i the batch that it is."""
-        return {
-            "data": self.corpus if self.shards is None else self.shards.folder.name,
-            "seq_len": self.seq_len,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in."""
-        return {"consumed": self.consumed, **self.identity()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved position; raises `UserError` when the data is not the same."""
-        changed = [
-            f"{name} {state_dict.get(name)!r} -> {value!r}"
-            for name, value in self.identity().items()
-            if state_dict.get(name) != value
-        ]
-        if changed:
-            raise UserError(
-                f"the checkpoint was trained on other data, so its position means nothing: {', '.join(changed)}."
-            )
-        self.consumed = int(state_dict["consumed"])
-
-    # ---- for the report -----------------------------------------------------------------------------------------
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text for each validation target; None without text."""
+        ids = self._val_targets()
+        return None if ids is None or self.val_bytes is None else self.val_bytes / len(ids)
 
     @cached_property
     def compression(self) -> dict[str, float]:
-        """Bits per byte that gzip and xz need for the very text that `val/bpb` is measured on (its first 4 MB)."""
-        if self.shards is None:
+        """Bits per byte of `gzip -9` and `xz -9e` on the text that a validation covers (its first 2 MB)."""
+        shards, ids = self._prepared(), self._val_targets()
+        if shards is None or ids is None:
             return {}
-        text = self.tokenizer.decode(self.validation_tokens.tolist()).encode()[:COMPRESSION_LIMIT]
-        if not text:
-            return {}
-        packed = {
-            "gzip -9": gzip.compress(text, 9),
-            "xz -9e": lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
-        }
-        return {name: 8 * len(data) / len(text) for name, data in packed.items()}
+        if len(ids) == len(shards.val.tokens) - 1:
+            return dict(shards.header["compression"]["bits_per_byte"])
+        kept = ids[:COMPRESSED_BYTES]
+        text = self.tokenizer.decode(kept[kept != self.tokenizer.eot_id].tolist())
+        return compression_of(text.encode())
+
+    def _val_targets(self) -> np.ndarray | None:
+        shards = self._prepared()
+        if shards is None:
+            return None
+        assert isinstance(self._val, ValBatches)
+        return np.asarray(shards.val.tokens[1 : self._val.targets + 1])
 
     def describe(self) -> str:
-        """One line for the report card."""
-        if self.shards is None:
-            return f"synthetic, {self.vocab_size:,} words"
-        splits = self.shards.header["splits"]
-        where = "" if not self.paths else f" {', '.join(Path(p).name or p for p in self.paths)}"
+        """One line about the data, for reports."""
+        if self.corpus == "synthetic":
+            return f"synthetic: sequences of {self.seq_len} ids below {self.vocab_size:,}, no text"
+        header = self.header
+        train, val = header["splits"]["train"], header["splits"]["val"]
+        skipped = f", {header['skipped']['count']} skipped" if header["skipped"]["count"] else ""
+        ids = self._val_targets()
+        used = 0 if ids is None else len(ids)
+        part = f", validated on {used:,}" if used < val["tokens"] - 1 else ""
         return (
-            f"{self.corpus}{where}: {splits['train']['documents']:,} documents, {splits['train']['bytes'] / 1e6:,.1f} MB, "
-            f"{splits['train']['tokens']:,} tokens to train on; {splits['val']['documents']:,} documents to validate with"
+            f"{self.corpus}: {train['documents']:,} documents of {train['bytes'] / 1e6:.1f} MB, {train['tokens']:,} "
+            f"tokens to train on; {val['documents']:,} of {val['bytes'] / 1e6:.2f} MB, {val['tokens']:,} tokens to validate"
+            f"{part}{skipped}; {self.tokenizer!r}"
         )
+
+    # ---- loading ----------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> PrefetchLoader:
+        """The endless micro-batches from number `consumed` on."""
+        self.setup()
+        assert self._train is not None
+        trainer = self.trainer
+        device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
+        self.loader = PrefetchLoader(self._train, self.consumed, self.prefetch, device)
+        return self.loader
+
+    def val_dataloader(self) -> ValBatches | FiniteBatches:
+        """The same batches at each validation."""
+        self.setup()
+        assert self._val is not None
+        return self._val
+
+    # ---- position ---------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes micro-batch i the same micro-batch."""
+        shards = self._prepared()
+        data = f"synthetic of {self.vocab_size}" if shards is None else shards.identity
+        return {"data": data, "seed": self.seed, "seq_len": self.seq_len, "batch_size": self.batch_size}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it is a position in."""
+        return {"consumed": self.consumed, **self._identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a run was.
+
+        Raises:
+            UserError: when the state is of other data or another order; lists what differs.
+        """
+        consumed = state_dict.get("consumed") if isinstance(state_dict, dict) else None
+        if not _is_count(consumed, 0):
+            raise UserError("the checkpoint says nothing of the position in the data, so it cannot be resumed.")
+        self._restored = state_dict
+        if self._train is not None:
+            self._compare(state_dict)
+        self.consumed = int(consumed)  # type: ignore[arg-type]
+
+    def _compare(self, state: dict[str, Any]) -> None:
+        here, names = self._identity(), {"data": "the text or its tokenizer"}
+        differences = [
+            names[key] if key in names else f"data.{key}={here[key]} (it was {state.get(key)})"
+            for key in here
+            if here[key] != state.get(key)
+        ]
+        if differences:
+            raise UserError(
+                f"this run cannot be resumed, since its data would be other data: {', '.join(differences)} changed; "
+                "put it back, or start a new run."
+            )
+
+
+def _as_list(paths: str | Sequence[str] | None) -> list[str]:
+    if isinstance(paths, Path):
+        return [str(paths)]
+    return (
+        []
+        if paths is None
+        else [paths]
+        if isinstance(paths, str)
+        else [str(p) if isinstance(p, Path) else p for p in paths]
+    )
+
+
+def _is_texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) and value for value in values)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

