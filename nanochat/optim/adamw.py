@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -49,7 +51,7 @@ class AdamW(Rule):
     """AdamW with decoupled weight decay: p <- p (1 - lr wd) - lr m / (sqrt(v) + eps), moments bias-corrected."""
 
     name = "adamw"
-    options = {"betas": (0.9, 0.95), "eps": 1e-8}
+    options: ClassVar = {"betas": (0.9, 0.95), "eps": 1e-8}
 
     def init(self, parameter: Tensor, group: Group, index: int) -> State:
         return adamw_state(parameter)

@@ -7,6 +7,8 @@ Refinements: Nesterov or plain momentum in sum or EMA form; row-equilibrated inp
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -118,8 +120,8 @@ def check_muon(group: Group, name: str, parameter: Tensor) -> None:
     """Raise `UserError` for a parameter that is no matrix, and for Polar Express cut short."""
     if parameter.ndim != 2:
         raise UserError(
-            f"parameter {name} has {parameter.ndim} dimensions, but rule {group['rule']} of optim.groups.{group['name']}"
-            " moves matrices only; give the group `ndim: 2` and the parameter another group."
+            f"parameter {name} has {parameter.ndim} dimensions, but rule {group['rule']} of "
+            f"optim.groups.{group['name']} moves matrices only; say `ndim: 2` and give it another group."
         )
     if group["newton_schulz"] == "polar_express" and group["ns_steps"] < len(POLAR_EXPRESS):
         raise UserError(
@@ -147,7 +149,7 @@ class Muon(Rule):
     """Muon with 32-bit momentum."""
 
     name = "muon"
-    options = MUON_OPTIONS
+    options: ClassVar = MUON_OPTIONS
 
     def check(self, group: Group, name: str, parameter: Tensor) -> None:
         check_muon(group, name, parameter)

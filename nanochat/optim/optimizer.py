@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -173,11 +172,7 @@ class Optimizer(torch.optim.Optimizer):
                 found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
                 raise UserError(
                     f"the checkpoint's optimizer state of {name} has {key} {found}, "
-                    f"this run needs {tuple(like.shape)} {like.dtype}: it was written with another model or other options."
+                    f"this run needs {tuple(like.shape)} {like.dtype}: it is of another model or of other options."
                 )
             state[key] = value.detach().to(parameter.device, copy=True)
         return state
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
-        groups = copy.deepcopy([{k: v for k, v in g.items()} for g in self.param_groups], memo)
-        return Optimizer(groups, self.rules)

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from torch import nn
+
+from nanochat.errors import UserError
+from nanochat.optim import build
+from tests.optim.helpers import Net, config, make
+
+
+def names(optimizer):
+    return {group["name"]: group["names"] for group in optimizer.param_groups}
+
+
+def test_first_match_claims_each_parameter_once():
+    net = Net()
+    net.add_module("hyper_maps", nn.Linear(4, 4))
+    groups = names(make("muon", net))
+    assert groups["hyper"] == ["gpt.hyper_maps.weight", "gpt.hyper_maps.bias"]
+    assert groups["embedding"] == ["gpt.embedding.weight"]
+    assert groups["head"] == ["gpt.head.weight"]
+    assert groups["matrices"] == [f"gpt.blocks.{i}.{m}.weight" for i in (0, 1) for m in ("up", "down")]
+    assert groups["scalars"] == ["gpt.blocks.0.norm.weight", "gpt.blocks.1.norm.weight", "gpt.norm.weight"]
+
+
+def test_objectives_matrices_are_matrices():
+    named = [(f"gpt.{n}", p) for n, p in Net().named_parameters()]
+    named.append(("objectives.mtp.eh_proj.weight", nn.Parameter(torch.zeros(8, 16))))
+    named.append(("objectives.mtp.blocks.0.norm.weight", nn.Parameter(torch.zeros(8))))
+    groups = names(build(named, **config("muon")))
+    assert "objectives.mtp.eh_proj.weight" in groups["matrices"]
+    assert "objectives.mtp.blocks.0.norm.weight" in groups["scalars"]
+
+
+def test_tied_table_has_a_rate_of_its_own():
+    groups = {g["name"]: g for g in make("muon", Net(tied=True), tied_lr=0.011).param_groups}
+    assert "embedding" not in groups
+    assert "head" not in groups
+    assert groups["tied_embedding"]["lr"] == 0.011
+
+
+def test_rates():
+    groups = {g["name"]: g for g in make("muon", Net(), lr=0.5, head_lr=0.25, scalar_lr=None).param_groups}
+    assert groups["matrices"]["lr"] == 0.5
+    assert groups["head"]["lr"] == 0.25
+    assert groups["scalars"]["lr"] == 0.5, "a rate that is null is the main one"
+    assert {g["lr"] for g in make("adamw", Net(), lr=0.007).param_groups} == {0.007}
+
+
+def test_shared_options_are_defaults_that_groups_override():
+    spec = {"head": {"match": "*head*", "rule": "adamw", "betas": [0.5, 0.6]}, "rest": {"rule": "adamw"}}
+    groups = {g["name"]: g for g in build(Net().named_parameters(), lr=1, groups=spec, betas=(0.1, 0.2)).param_groups}
+    assert groups["head"]["betas"] == (0.5, 0.6)
+    assert groups["rest"]["betas"] == (0.1, 0.2)
+
+
+def test_frozen_parameters_are_left_out():
+    net = Net()
+    net.blocks[0].up.weight.requires_grad_(False)
+    assert "gpt.blocks.0.up.weight" not in names(make("muon", net))["matrices"]
+
+
+BAD = [
+    ({"groups": {"matrices": {"ndim": 2, "rule": "adamw"}}}, r"blocks\.0\.norm\.weight .*claimed by none"),
+    ({"groups": {"x": {"match": "nothing*", "rule": "adamw"}, "rest": {"rule": "adamw"}}}, r"groups\.x matches no"),
+    ({"groups": {"all": {"rule": "adamv"}}}, "adamv.*adamw"),
+    ({"groups": {"all": {"rule": "adamw", "momentun": 0.9}}}, "no option 'momentun'"),
+    ({"groups": {"all": {"rule": "adamw", "rate": "tail_lr"}}}, "tail_lr"),
+    ({"groups": {"all": {"rule": "muon"}}}, r"norm\.weight has 1 dimension"),
+    ({"groups": {"all": {"rule": "adamw"}}, "rank": 3}, r"optim\.rank=3"),
+    ({"betas": [0.9, 1.0]}, r"betas.*\[0, 1\)"),
+    ({"betas": [0.9]}, "two numbers"),
+    ({"momentum": 1.0}, r"momentum=1\.0"),
+    ({"momentum": float("nan")}, "momentum"),
+    ({"lr": -1}, r"optim\.lr=-1"),
+    ({"lr": "fast"}, r"optim\.lr='fast'"),
+    ({"eps": -1e-8}, "eps"),
+    ({"ns_steps": 0}, "ns_steps=0"),
+    ({"newton_schulz": "quintic"}, "quintic.*polar_express"),
+    ({"newton_schulz": "polar_express", "ns_steps": 3}, "ns_steps=3 is too few"),
+    ({"nesterov": "yes"}, "nesterov.*true or false"),
+    ({"weight_decay": -0.1}, "weight_decay"),
+    ({"weight_decay_schedule": "half"}, "first_half"),
+    ({"embedding_state": "int4"}, "embedding_state"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[str(list(c)) for c, _ in BAD])
+def test_bad_configurations_are_named(changes, message):
+    if changes.get("betas") or changes.get("eps"):
+        changes = {"groups": {"all": {"rule": "adamw"}}, "lr": 1.0, **changes}
+        with pytest.raises(UserError, match=message):
+            build(Net().named_parameters(), **changes)
+        return
+    base = config("muon")
+    if "groups" in changes:
+        base = {"lr": 1.0}
+    with pytest.raises(UserError, match=message):
+        build([(f"gpt.{n}", p) for n, p in Net().named_parameters()], **{**base, **changes})
