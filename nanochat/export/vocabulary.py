@@ -13,6 +13,7 @@ from typing import Any
 from nanochat.errors import UserError
 
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # llama.cpp's token types
+_NO_MERGE = "Ġ" * 8
 
 # pre-tokenizer regular expressions of the field, and llama.cpp's names for them
 _REGEXES = {
@@ -73,16 +74,19 @@ def read_vocabulary(path: Path, size: int, eot_id: int) -> Vocabulary:
     tokens = [names.get(index, f"[PAD{index}]") for index in range(size)]
     control = {*special.values(), eot_id}
     types = [CONTROL if index in control else NORMAL if index in names else UNUSED for index in range(size)]
-    return Vocabulary(tokens, types, merges, _pre_tokenizer(path, data), eot_id, source)
+    pre = _pre_tokenizer(path, data, merges)
+    # llama.cpp refuses a file without merges; this one never applies, since its result is no token
+    return Vocabulary(tokens, types, merges or [f"{_NO_MERGE} {_NO_MERGE}"], pre, eot_id, source)
 
 
-def _pre_tokenizer(path: Path, data: dict[str, Any]) -> str:
+def _pre_tokenizer(path: Path, data: dict[str, Any], merges: list[str]) -> str:
+    if data.get("normalizer"):
+        raise UserError(f"{path} has a normalizer, which llama.cpp does not apply.")
     pre = data.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", [pre])
-    for unsupported in ("normalizer",):
-        if data.get(unsupported):
-            raise UserError(f"{path} has a {unsupported}, which llama.cpp does not apply.")
     match steps:
+        case [{"type": "ByteLevel", "add_prefix_space": False}] if not merges:
+            return "gpt-2"  # bytes stay bytes however the text is split
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             return "gpt-2"
         case [{"type": "Split", "pattern": {"Regex": regex}}, {"type": "ByteLevel", "use_regex": False}]:

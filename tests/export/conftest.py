@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from nanochat.data.tokenizer import BPE, Tokenizer
 from nanochat.export import llama_cpp
 from nanochat.model import GPT, GPTConfig
 from nanochat.model.checkpoint import Run, load_run
 from tests.inference.helpers import write_run
 
-EOT = "<|endoftext|>"
 BASE = GPTConfig(vocab_size=512, dim=256, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=384, seq_len=256)
 VARIANTS = {
     "qwen3": BASE,
@@ -48,39 +47,15 @@ def text() -> str:
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory, text) -> Path:
     """A byte-level BPE of 500 tokens, fewer than the models'."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=[EOT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([text], trainer)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
+    BPE(500).build([text]).save(path)
     return path
-
-
-class RunTokenizer:
-    """The tokenizer of these runs, with the interface of `nanochat.data`'s."""
-
-    def __init__(self, path: Path) -> None:
-        self.inner = Tokenizer.from_file(str(path))
-        self.vocab_size, self.eot_id = self.inner.get_vocab_size(), self.inner.token_to_id(EOT)
-
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text, add_special_tokens=False).ids
-
-    def decode(self, tokens: list[int]) -> str:
-        return self.inner.decode(tokens, skip_special_tokens=False)
 
 
 @pytest.fixture(scope="session")
 def corpus(tokenizer_file, text) -> torch.Tensor:
     """The tokens of the text."""
-    return torch.tensor(RunTokenizer(tokenizer_file).encode(text))
+    return torch.tensor(Tokenizer.load(tokenizer_file).encode(text))
 
 
 @torch.enable_grad()
@@ -104,15 +79,13 @@ def runs(tmp_path_factory, tokenizer_file, corpus):
     """`runs(name)`: a run folder of a trained variant, made once a session."""
     made: dict[str, Path] = {}
 
-    def make(name: str, config: GPTConfig | None = None, steps: int = 60) -> Run:
+    def make(name: str, config: GPTConfig | None = None, steps: int = 40) -> Run:
         if name not in made:
             gpt = GPT(config or VARIANTS[name], seed=0)
             assert train(gpt, corpus, steps) < 5.5 or not steps
             folder = write_run(tmp_path_factory.mktemp("runs") / name, gpt)
             (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
             made[name] = folder
-        run = load_run(made[name])
-        run.__dict__["tokenizer"] = RunTokenizer(made[name] / "tokenizer.json")
-        return run
+        return load_run(made[name])
 
     return make

@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat.data.tokenizer import Byte
 from nanochat.errors import UserError
 from nanochat.export import gguf as export
 from nanochat.export import llama_cpp
 from nanochat.export.gguf_reader import GGUFFile
 from nanochat.export.packing import TERNARY_TYPES, pack, pack_q4_0
+from nanochat.export.vocabulary import read_vocabulary
 from nanochat.inference.engine import inference_copy
 from nanochat.model import GPTConfig
 from nanochat.model.bitlinear import dequantise, ternarise
@@ -165,7 +167,6 @@ def test_other_grids_that_fit(change, runs, llama, tmp_path):
     config = GPTConfig(**{**vars(BASE), **change})
     gpt = random_gpt(config)
     run = dataclasses.replace(runs("qwen3"), gpt=gpt, config=config)
-    run.__dict__["tokenizer"] = runs("qwen3").tokenizer
     kind = "q4_0" if config.weight_block == 32 else "tq1_0"
     report = export.export_gguf(run, tmp_path / "model.gguf", kind, "f32")
     with GGUFFile(report.path) as file:
@@ -217,7 +218,6 @@ def test_an_existing_file_is_kept_and_a_failure_leaves_nothing(runs, tmp_path, m
     with pytest.raises(UserError, match="--force"):
         export.export_gguf(run, path)
     broken = dataclasses.replace(run)
-    broken.__dict__["tokenizer"] = run.tokenizer
     monkeypatch.setattr(export, "pack", lambda *_: (_ for _ in ()).throw(UserError("no")))
     with pytest.raises(UserError, match=r"token_embd\.weight: no"):
         export.export_gguf(broken, path, force=True)
@@ -237,3 +237,31 @@ def test_a_diverged_model_is_refused(runs, tmp_path):
     with pytest.raises(UserError, match=r"token_embd\.weight: .*not finite"):
         export.export_gguf(run, tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_byte_tokenizer(llama, runs, tmp_path):
+    run = dataclasses.replace(runs("qwen3"), folder=tmp_path)
+    Byte().build().save(tmp_path / "tokenizer.json")
+    report = export.export_gguf(run, tmp_path / "model.gguf", "tq1_0")
+    with llama_cpp.LlamaModel(report.path, vocab_only=True) as model:
+        for text in NASTY_STRINGS:
+            assert model.tokenize(text) == run.tokenizer.encode(text), repr(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "pre-tokenizer that llama.cpp does not know"),
+        (lambda d: d.update(normalizer={"type": "NFC"}), "normalizer"),
+        (lambda d: d["model"].update(type="Unigram"), "byte-level BPE"),
+        (lambda d: d["model"]["vocab"].update(far=512), "more than the model's vocabulary of 512"),
+        (lambda d: d.pop("model"), "not a tokenizer"),
+    ],
+)
+def test_tokenizers_that_llama_cpp_cannot_have(change, message, tokenizer_file, tmp_path):
+    document = json.loads(tokenizer_file.read_text())
+    change(document)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=message):
+        read_vocabulary(path, 512, 0)
