@@ -28,12 +28,12 @@ PART_BYTES = 32 << 20
 LINE_BYTES = 64 << 20
 """a longer line of a jsonl file is an error of the file"""
 
+# fmt: off
 CODE = [
-    f".{name}"
-    for name in (
-        "c cc cpp cs cu cuh go h hpp java jl js jsx kt lua m ml php pl py pyi r rb rs scala sh sql swift ts tsx zig"
-    ).split()
+    ".c", ".cc", ".cpp", ".cs", ".cu", ".cuh", ".go", ".h", ".hpp", ".java", ".jl", ".js", ".jsx", ".kt", ".lua", ".m",
+    ".ml", ".php", ".pl", ".py", ".pyi", ".r", ".rb", ".rs", ".scala", ".sh", ".sql", ".swift", ".ts", ".tsx", ".zig",
 ]
+# fmt: on
 """what `code` takes from a folder by default"""
 
 NOT_SOURCE = frozenset({"__pycache__", "node_modules"})

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -16,18 +16,25 @@ from nanochat.data.dataset import Batch, Batches
 
 
 class PrefetchLoader:
-    """The endless sequence of micro-batches from number `start` on.
+    """The endless sequence of micro-batches from a number on.
 
     It has no `state_dict` on purpose: Lightning reads ahead of training and would save the position of what was
     fetched. The position of what was *used* is the DataModule's.
 
     Args:
         batches: micro-batches by number.
+        start: the number to begin with, asked for when an iterator is asked for its first batch.
         depth: batches that wait ready at most.
         device: a CUDA device: batches are put into pinned memory, from which they are copied in the background.
     """
 
-    def __init__(self, batches: Batches, start: int = 0, depth: int = 4, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        batches: Batches,
+        start: Callable[[], int] = lambda: 0,
+        depth: int = 4,
+        device: torch.device | None = None,
+    ) -> None:
         self.batches, self.start, self.depth = batches, start, depth
         self.device = device if device is not None and device.type == "cuda" else None
         self.wait_seconds = 0.0
@@ -41,7 +48,7 @@ class _Iterator:
     """Starts its thread with the first batch asked for, since Lightning makes iterators that it never uses."""
 
     def __init__(self, loader: PrefetchLoader) -> None:
-        self._loader, self._next = loader, loader.start
+        self._loader, self._next = loader, -1
         self._pid = os.getpid()
         self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
         self._free = threading.Semaphore(loader.depth)
@@ -53,6 +60,8 @@ class _Iterator:
 
     def __next__(self) -> Batch:
         began = time.perf_counter()
+        if self._next < 0:
+            self._next = self._loader.start()
         if self._pid != os.getpid():  # a fork has no thread, but batches are functions of their number
             batch: Batch | BaseException = self._loader.batches.batch(self._next)
         else:
@@ -78,7 +87,7 @@ class _Iterator:
         # the thread knows nothing of the iterator, so that dropping the iterator can end the thread
         thread = threading.Thread(
             target=_produce,
-            args=(loader.batches, loader.start, loader.device, self._ready, self._free, self._stop),
+            args=(loader.batches, self._next, loader.device, self._ready, self._free, self._stop),
             name="nanochat-prefetch",
             daemon=True,
         )

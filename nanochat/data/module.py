@@ -85,8 +85,7 @@ class DataModule(lightning.LightningDataModule):
         if corpus == "stdlib" and self.paths:
             self.corpus = "text"
         self.consumed = 0
-        self.loader: PrefetchLoader | None = None
-        """the training loader that was made last; its `wait_seconds` is what train/data_wait shows"""
+        self._loader: PrefetchLoader | None = None
         self._restored: dict[str, Any] | None = None
         self._shards: Shards | None = None
         self._train: TrainBatches | SyntheticBatches | None = None
@@ -203,6 +202,10 @@ class DataModule(lightning.LightningDataModule):
         """The token before each document; None where there are no documents."""
         return None if self.corpus == "synthetic" else self.tokenizer.eot_id
 
+    def token_bytes(self) -> np.ndarray | None:
+        """(vocab,) int32: bytes of text for each id, 0 for special tokens; None without text."""
+        return self.tokenizer.token_bytes()
+
     @property
     def header(self) -> dict[str, Any]:
         """The shards' header; `{}` for `synthetic`."""
@@ -257,21 +260,22 @@ class DataModule(lightning.LightningDataModule):
         used = 0 if ids is None else len(ids)
         part = f", validated on {used:,}" if used < val["tokens"] - 1 else ""
         return (
-            f"{self.corpus}: {train['documents']:,} documents of {train['bytes'] / 1e6:.1f} MB, {train['tokens']:,} "
-            f"tokens to train on; {val['documents']:,} of {val['bytes'] / 1e6:.2f} MB, {val['tokens']:,} tokens to validate"
-            f"{part}{skipped}; {self.tokenizer!r}"
+            f"{self.corpus}: {train['documents']:,} documents of {train['bytes'] / 1e6:.1f} MB, "
+            f"{train['tokens']:,} tokens to train on; {val['documents']:,} of {val['bytes'] / 1e6:.2f} MB, "
+            f"{val['tokens']:,} tokens to validate{part}{skipped}; {self.tokenizer!r}"
         )
 
     # ---- loading ----------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> PrefetchLoader:
-        """The endless micro-batches from number `consumed` on."""
+        """The endless micro-batches from number `consumed` on; the same loader at every call."""
         self.setup()
         assert self._train is not None
-        trainer = self.trainer
-        device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
-        self.loader = PrefetchLoader(self._train, self.consumed, self.prefetch, device)
-        return self.loader
+        if self._loader is None:
+            trainer = self.trainer
+            device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
+            self._loader = PrefetchLoader(self._train, lambda: self.consumed, self.prefetch, device)
+        return self._loader
 
     def val_dataloader(self) -> ValBatches | FiniteBatches:
         """The same batches at each validation."""

