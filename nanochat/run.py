@@ -46,7 +46,8 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
     plain = settle(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     lightning.seed_everything(plain["seed"], verbose=False)
 
-    data = instantiate(plain["data"], tokenizer=instantiate(plain["tokenizer"]))
+    # in two calls, since Hydra would turn the tokenizer's specification, a dataclass, into a dictionary
+    data = instantiate(plain["data"], _partial_=True)(tokenizer=instantiate(plain["tokenizer"]))
     data.prepare_data()
     fit_vocabulary(plain, data)
     config = model_config(plain)
@@ -71,7 +72,8 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
                 plain["rate_scale"] = error.next_rate_scale(plain.get("rate_scale", 1.0))
                 checkpoint = find_checkpoint(folder, "auto")
                 log.warning("%s Going back to %s.", error, checkpoint or "the start")
-                data = instantiate(plain["data"], tokenizer=instantiate(plain["tokenizer"]))
+                # in two calls, since Hydra would turn the tokenizer's specification, a dataclass, into a dictionary
+    data = instantiate(plain["data"], _partial_=True)(tokenizer=instantiate(plain["tokenizer"]))
                 data.prepare_data()
         if trainer.interrupted:
             raise KeyboardInterrupt
