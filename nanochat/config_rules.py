@@ -239,7 +239,9 @@ def parts_are_possible(values: Values) -> Iterator[str]:
             yield from _tried(lambda node=node: instantiate(node), key)
     data = values.node("data")
     if data and tokenizer:
-        yield from _tried(lambda: instantiate(data, _partial_=True)(tokenizer=instantiate(tokenizer)), "data")
+        yield from _tried(
+            lambda: instantiate(data, _partial_=True, _convert_="all")(tokenizer=instantiate(tokenizer)), "data"
+        )
 
 
 def loss_is_possible(values: Values) -> Iterator[str]:

@@ -46,8 +46,7 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
     plain = settle(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     lightning.seed_everything(plain["seed"], verbose=False)
 
-    # in two calls, since Hydra would turn the tokenizer's specification, a dataclass, into a dictionary
-    data = instantiate(plain["data"], _partial_=True)(tokenizer=instantiate(plain["tokenizer"]))
+    data = build_data(plain)
     data.prepare_data()
     fit_vocabulary(plain, data)
     config = model_config(plain)
@@ -72,8 +71,7 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
                 plain["rate_scale"] = error.next_rate_scale(plain.get("rate_scale", 1.0))
                 checkpoint = find_checkpoint(folder, "auto")
                 log.warning("%s Going back to %s.", error, checkpoint or "the start")
-                # in two calls, since Hydra would turn the tokenizer's specification, a dataclass, into a dictionary
-    data = instantiate(plain["data"], _partial_=True)(tokenizer=instantiate(plain["tokenizer"]))
+                data = build_data(plain)
                 data.prepare_data()
         if trainer.interrupted:
             raise KeyboardInterrupt
@@ -83,6 +81,14 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
         raise
     finally:
         clean_up(loggers)
+
+
+def build_data(plain: dict[str, Any]) -> DataModule:
+    """The data with its tokenizer.
+
+    In two calls, since Hydra would turn the tokenizer's specification, a dataclass, into a dictionary.
+    """
+    return instantiate(plain["data"], _partial_=True, _convert_="all")(tokenizer=instantiate(plain["tokenizer"]))
 
 
 def settle(plain: dict[str, Any]) -> dict[str, Any]:
