@@ -18,7 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from nanochat.config import check
 from nanochat.data import DataModule
 from nanochat.errors import UserError
+from nanochat.lightning.callbacks.base import PendingValidation
 from nanochat.lightning.callbacks.guard import NonFiniteError
+from nanochat.lightning.callbacks.progress import ProgressBar
+from nanochat.lightning.callbacks.time_limit import TimeLimit
 from nanochat.lightning.module import NanoChatModule, model_config
 from nanochat.lightning.resume import check_resume, find_checkpoint
 from nanochat.report import Report
@@ -60,7 +63,7 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
     trainer: Trainer | None = None
     loggers: list[Any] = []
     try:
-        loggers = [instantiate(node) for node in (plain.get("logger") or {}).values() if node]
+        loggers = build_loggers(plain)
         while True:
             module = NanoChatModule(plain)
             trainer = build_trainer(plain, folder, loggers)
@@ -69,13 +72,18 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
                 break
             except NonFiniteError as error:
                 plain["rate_scale"] = error.next_rate_scale(plain.get("rate_scale", 1.0))
-                checkpoint = find_checkpoint(folder, "auto")
-                log.warning("%s Going back to %s.", error, checkpoint or "the start")
+                checkpoint = find_checkpoint(folder, "auto") or checkpoint
+                log.warning("%s Going back to %s, with half the rates.", error, checkpoint or "the start")
                 data = build_data(plain)
                 data.prepare_data()
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        if trainer.enable_validation and module.validated_at != trainer.global_step:
+            trainer.validate(module, datamodule=data, verbose=False)
         return report.finish(trainer, module)
+    except SystemExit as error:
+        report.abort(trainer, error)
+        if isinstance(error.__context__, KeyboardInterrupt):  # without our signal handlers Lightning exits with 1
+            raise SystemExit(130) from error
+        raise
     except BaseException as error:
         report.abort(trainer, error)
         raise
@@ -146,16 +154,48 @@ def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any]) -> Tr
             if issubclass(target, Callback):
                 nodes[name] = node
     options = dict(plain["trainer"])
+    bar, limit = options.pop("enable_progress_bar", True), options.pop("max_time", None)
     if isinstance(options.get("val_check_interval"), int):
         # Lightning counts micro-batches; ours are optimizer steps
         options["val_check_interval"] *= options.get("accumulate_grad_batches", 1)
+    callbacks = [instantiate(node) for node in nodes.values() if node]
+    if not bar:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    # the time limit comes before what saves, the validation to make up for after what records it
+    callbacks = [*([TimeLimit(limit)] if limit else []), *callbacks, PendingValidation()]
     return instantiate(
         options,
-        callbacks=[instantiate(node) for node in nodes.values() if node],
+        callbacks=callbacks,
         logger=loggers or False,
         default_root_dir=str(folder),
         enable_checkpointing=False,
+        enable_progress_bar=False,
     )
+
+
+def build_loggers(plain: dict[str, Any]) -> list[Any]:
+    """The configured loggers, started, so that a missing account or network is found before the first step."""
+    loggers = []
+    for name, node in (plain.get("logger") or {}).items():
+        if not node:
+            continue
+        try:
+            logger = instantiate(node)
+            _ = logger.experiment
+        except ModuleNotFoundError as error:
+            raise UserError(f"logger={name} needs a package that is not installed: {error.name or error}.") from error
+        except Exception as error:
+            if not str(node["_target_"]).endswith("WandbLogger"):
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"Weights & Biases cannot be used ({reason[:200]}): log in with `wandb login`, or say "
+                "logger.wandb.offline=true, which needs neither an account nor a network."
+            ) from error
+        if hasattr(logger, "log_hyperparams"):
+            logger.log_hyperparams({"cfg": plain})
+        loggers.append(logger)
+    return loggers
 
 
 def clean_up(loggers: list[Any]) -> None:

@@ -59,6 +59,8 @@ class NanoChatModule(lightning.LightningModule):
         self.max_steps = int(cfg["trainer"]["max_steps"])
         self.rate_scale = float(cfg.get("rate_scale", 1.0))
         self.step_metrics: dict[str, float] = {}
+        self.validated_at: int | None = None
+        """optimizer steps done at the last validation"""
         self._sums: dict[str, Tensor] = {}
         self._micro_batches = 0
         self._gradient_norm: Tensor | None = None
@@ -150,6 +152,7 @@ class NanoChatModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """`val/loss` in nats per token and `val/bpb` in bits per byte of text."""
+        self.validated_at = self.global_step
         nats, tokens, size = self._validation.tolist()
         metrics = {"val/loss": nats / max(tokens, 1.0)}
         if size:
@@ -170,8 +173,12 @@ class NanoChatModule(lightning.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the random generators for the start of training, after everything else has drawn from them."""
+        """Keeps the random generators for the start of training, after everything else has drawn from them.
+
+        The rates stay as low as the run has had to make them.
+        """
         self._rng_state = checkpoint["nanochat_run"]["rng"]
+        self.rate_scale = min(self.rate_scale, float(checkpoint["nanochat_run"].get("rate_scale", 1.0)))
 
     def on_train_start(self) -> None:
         if self._rng_state is not None:

@@ -1,0 +1,1 @@
+"""Callbacks: files of a run, its progress, its checkpoints, and how it ends."""
