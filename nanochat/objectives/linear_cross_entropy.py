@@ -149,6 +149,11 @@ def _logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     return torch.mm(x, weight.t(), out=memory.view(rows, vocabulary))
 
 
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], along the memory of an x that lies by columns (eight times as fast there)."""
+    return x[index] if x.is_contiguous() else x.t().index_select(1, index).t()
+
+
 def _select(chunk: _Chunk, options: _Options) -> tuple[Tensor, Tensor]:
     """Rows of the chunk to keep (K',), and their positions in their sequences (B', K)."""
     length = options.shape[1]
@@ -188,9 +193,9 @@ class _Chunk:
     def keep(self, index: Tensor) -> None:
         """Go on with these rows only."""
         for name in ("valid", "target", "sum", "lse", "exp", "losses"):
-            setattr(self, name, getattr(self, name)[index])
+            setattr(self, name, _rows(getattr(self, name), index))
         if self.options.softcap:
-            self.slope = self.slope[index]
+            self.slope = _rows(self.slope, index)
 
     def gradient(self) -> Tensor:
         """(C, V): d sum(losses) / d logits; consumes the chunk."""

@@ -19,6 +19,8 @@ from nanochat.model import GPTConfig
 from nanochat.model.attention import KeyValueCache
 from nanochat.model.bitlinear import BitLinear, int8_activation
 from nanochat.model.gpt import Block, reset_blocks
+from nanochat.model.norm import RMSNorm
+from nanochat.model.rows import KeptRows
 from nanochat.objectives.draw import draw, generator
 from nanochat.objectives.linear_cross_entropy import IGNORED, linear_cross_entropy
 from nanochat.objectives.step import Objective, Step
@@ -44,11 +46,11 @@ class SequentialHead(nn.Module):
         # a head is a plain block whatever the trunk's residual streams are
         config = replace(config, n_layers=1, streams=1)
         d = config.dim
-        self.embedding_norm = nn.RMSNorm(d, eps=config.norm_eps)
-        self.hidden_norm = nn.RMSNorm(d, eps=config.norm_eps)
+        self.embedding_norm = RMSNorm(d, eps=config.norm_eps)
+        self.hidden_norm = RMSNorm(d, eps=config.norm_eps)
         self.eh_proj = BitLinear(2 * d, d, config.ternary, config.weight_block)
         self.block = Block(config, layer=0)
-        self.norm = nn.RMSNorm(d, eps=config.norm_eps)
+        self.norm = RMSNorm(d, eps=config.norm_eps)
         self.config = config
         self.int8 = config.activation_scale if config.ternary else "none"
         if not self.eh_proj.weight.is_meta:
@@ -56,12 +58,18 @@ class SequentialHead(nn.Module):
             reset_blocks(self.block, config, source)
 
     def forward(
-        self, hidden: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None
+        self,
+        hidden: Tensor,
+        embedded: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KeyValueCache | None = None,
+        kept: KeptRows | None = None,
     ) -> Tensor:
         """hidden, embedded: (B, T, d), of token t and of token t + 1; returns (B, T, d), after the module's norm."""
         x = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)  # (B, T, 2d)
         x = self.eh_proj(int8_activation(x, self.int8))
-        return self.norm(self.block(x, cos, sin, cache))
+        return self.norm(self.block(x, cos, sin, cache, kept))
 
 
 class ParallelHead(nn.Module):
@@ -70,7 +78,7 @@ class ParallelHead(nn.Module):
     def __init__(self, config: GPTConfig, source: torch.Generator | None = None) -> None:
         super().__init__()
         d = config.dim
-        self.norm = nn.RMSNorm(d, eps=config.norm_eps)
+        self.norm = RMSNorm(d, eps=config.norm_eps)
         self.proj = BitLinear(d, d, config.ternary, config.weight_block)
         self.int8 = config.activation_scale if config.ternary else "none"
         if self.proj.weight.is_meta:
@@ -169,10 +177,11 @@ class MultiTokenPrediction(Objective):
         scale = candidates.sum() / candidates.sum().clamp(1, count)
         hidden, tokens = step.hidden[index], step.tokens[index]
         cos, sin = step.gpt.cos[:length], step.gpt.sin[:length]
+        kept = None if step.kept is None else KeptRows(step.kept[index])
         for i, target in enumerate(targets[: last_nonzero(weights) + 1]):
             # the last positions read tokens from the sequence's beginning; their targets are ignored
             embedded = step.gpt.embed(tokens.roll(-(i + 1), dims=1))
-            hidden = self.heads[i](hidden, embedded, cos, sin)
+            hidden = self.heads[i](hidden, embedded, cos, sin, kept=kept)
             share = valid[i][index].sum() / valid[i].sum().clamp_min(1)
             yield self._cross_entropy(step, hidden, target[index]) * share * scale
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nanochat.errors import ConfigError
@@ -18,7 +19,8 @@ class NextToken(Objective):
         z_loss: factor of logsumexp².
         chunk: tokens whose logits exist at a time; None chooses by device.
 
-    `selector` is set and removed by a callback; it sees the losses of whole sequences and names the tokens to keep.
+    `selector` is set and removed by a callback; it sees the losses of whole sequences and names the tokens to keep,
+    on which the blocks' backward will then run, too.
     """
 
     def __init__(
@@ -55,4 +57,24 @@ class NextToken(Objective):
         # the plain mean over all valid targets, so that runs with and without smoothing or a filter compare
         valid = (step.targets != IGNORED).sum().clamp_min(1)
         step.metrics["train/loss"] = result.per_token.sum() / valid
+        if result.kept is not None:
+            if step.gpt.kept_rows is not None:
+                step.gpt.kept_rows.positions = result.kept
+            step.metrics |= kept_metrics(step.targets, result.per_token, result.kept)
         return result.loss
+
+
+def kept_metrics(targets: Tensor, per_token: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    """What a filter did to a micro-batch: the share of valid targets kept, and the mean losses on both sides.
+
+    targets, per_token: (B, T); kept: (B, K) positions.
+    """
+    valid = targets != IGNORED
+    chosen = torch.zeros_like(valid).scatter_(1, kept, True) & valid
+    count, total = chosen.sum(), valid.sum()
+    kept_loss = (per_token * chosen).sum()
+    return {
+        "collider/kept_fraction": count / total.clamp_min(1),
+        "collider/kept_loss": kept_loss / count.clamp_min(1),
+        "collider/dropped_loss": (per_token.sum() - kept_loss) / (total - count).clamp_min(1),
+    }
