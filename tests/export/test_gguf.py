@@ -96,6 +96,17 @@ def test_the_file_holds_exactly_the_trained_weights(name, kind, runs, tmp_path):
         assert ("output.weight" in file.tensors) == (name != "bitnet")
 
 
+def test_a_padded_sub_norm_normalises_as_before(runs, tmp_path):
+    run = runs("bitnet")
+    norm, width = run.gpt.blocks[0].feedforward.sub_norm, run.config.ffn_dim
+    with GGUFFile(export.export_gguf(run, tmp_path / "model.gguf", "tq2_0").path) as file:
+        gain = torch.from_numpy(file.array("blk.0.ffn_sub_norm.weight"))
+    x = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
+    padded = F.rms_norm(F.pad(x, (0, len(gain) - width)), gain.shape, gain, norm.eps)
+    torch.testing.assert_close(padded[:, :width], norm(x).detach(), atol=1e-5, rtol=1e-5)
+    assert not padded[:, width:].any()
+
+
 def test_tq2_0_stores_the_trained_scales_bit_for_bit(runs, tmp_path):
     run = runs("qwen3")
     _, scales = ternarise(run.gpt.blocks[0].attention.v.weight.detach())
