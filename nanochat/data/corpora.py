@@ -15,9 +15,10 @@ import os
 import stat
 import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 from nanochat.errors import UserError
@@ -65,12 +66,18 @@ class Skipped:
     count: int = 0
     named: dict[str, str] = field(default_factory=dict)
     limit: int = 1000
+    per_file: int = 20
+    """lines of a file that are named: a damaged one must not hide what else is wrong"""
+    _lines: Counter[str] = field(default_factory=Counter)
 
     def add(self, name: str, reason: str) -> None:
-        """One more; a name is kept once."""
+        """One more: a file, or `file:line`."""
         self.count += 1
-        if len(self.named) < self.limit:
-            self.named.setdefault(name, reason)
+        file, _, line = name.rpartition(":")
+        self._lines[file] += bool(line.isdigit())
+        if len(self.named) < self.limit and not (line.isdigit() and self._lines[file] > self.per_file):
+            # a file's name need not be UTF-8; a message has to be
+            self.named.setdefault(name.encode(errors="backslashreplace").decode(), reason)
 
     def __str__(self) -> str:
         shown = [f"{name} ({reason})" for name, reason in list(self.named.items())[:5]]
@@ -113,7 +120,7 @@ class Corpus:
         skipped = Skipped() if skipped is None else skipped
         found: dict[str, File] = {}
         for argument in self.paths:
-            for name, path in self._expand(argument):
+            for name, path in self._expand(argument, skipped):
                 try:
                     status = path.stat()
                 except OSError as error:
@@ -168,26 +175,29 @@ class Corpus:
             "files": [[file.name, file.size, file.mtime_ns] for file in self.files()],
         }
 
-    def _expand(self, argument: str) -> Iterator[tuple[str, Path]]:
-        path = Path(argument).expanduser()
-        if path.is_dir():
-            yield from self._walk(path)
-        elif path.is_symlink() or path.exists():
+    def _expand(self, argument: str, skipped: Skipped) -> Iterator[tuple[str, Path]]:
+        path = Path(os.path.expanduser(argument))  # Path's own raises for an unknown user
+        if os.path.isdir(path):
+            yield from self._walk(path, skipped)
+        elif os.path.lexists(path):
             yield path.name, path
         elif glob.has_magic(argument):
             fixed = Path(*_before_magic(path.parts))
-            matches = sorted(glob.glob(str(path), recursive=True))
+            matches = sorted(match for match in glob.glob(str(path), recursive=True) if not os.path.isdir(match))
             if not matches:
                 raise UserError(f"{self.option}={argument} matches no file.")
             for match in matches:
-                if not os.path.isdir(match):
-                    yield PurePosixPath(os.path.relpath(match, fixed)).as_posix(), Path(match)
+                yield Path(os.path.relpath(match, fixed)).as_posix(), Path(match)
         else:
             raise UserError(f"{self.option}={argument} does not exist; give a file, a folder or a glob.")
 
-    def _walk(self, root: Path) -> Iterator[tuple[str, Path]]:
+    def _walk(self, root: Path, skipped: Skipped) -> Iterator[tuple[str, Path]]:
+        def unreadable(error: OSError) -> None:
+            skipped.add(os.path.relpath(error.filename, root), error.strerror or "unreadable")
+
         names = []
-        for folder, folders, files in os.walk(root):  # does not follow links: loops, and text that counts twice
+        # does not follow links to folders: they make loops, and text that counts twice
+        for folder, folders, files in os.walk(root, onerror=unreadable):
             folders[:] = [f for f in folders if not f.startswith(".") and f not in self.excluded]
             for file in files:
                 if not file.startswith(".") and (self.extensions is None or Path(file).suffix in self.extensions):
@@ -224,7 +234,8 @@ class JsonLines(Corpus):
                     if line.strip() and (text := self._text(line, name, skipped)):
                         yield Document(name, text)
         except (EOFError, zlib.error, OSError, _zstd_error()) as error:
-            skipped.add(f"{file.name} from line {number + 1}", f"{error}".rstrip(".") or "damaged")
+            reason = getattr(error, "strerror", None) or str(error) or "damaged"
+            skipped.add(f"{file.name} from line {number + 1}", reason)
 
     def _text(self, line: bytes, name: str, skipped: Skipped) -> str:
         try:

@@ -104,7 +104,7 @@ def find(given: str | None) -> Path:
         UserError: nothing is there; says which file to give.
     """
     if given is not None:
-        path = Path(given).expanduser()
+        path = Path(os.path.expanduser(given))
         found = next((path / name for name in _NAMES if (path / name).is_file()), path)
         if not found.is_file():
             raise UserError(f"tokenizer.path={given} has none of {', '.join(_NAMES)}.")
@@ -126,7 +126,7 @@ def _usual_places() -> Iterator[Path]:
     temporary = Path(tempfile.gettempdir(), "data-gym-cache")
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or temporary
     yield Path(cache, hashlib.sha1(_TIKTOKEN_URL.encode()).hexdigest())
-    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    hub = Path(os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))) / "hub"
     for name in ("models--openai-community--gpt2", "models--gpt2"):
         for file in ("tokenizer.json", "merges.txt"):
             yield from sorted(hub.glob(f"{name}/snapshots/*/{file}"))

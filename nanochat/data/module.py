@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -131,7 +132,7 @@ class DataModule(lightning.LightningDataModule):
                 yield f"data.{name}={getattr(self, name)} must be a list of files, folders and globs."
                 continue
             for path in getattr(self, name):
-                if not Path(path).expanduser().exists() and not glob.has_magic(path):
+                if not os.path.exists(os.path.expanduser(path)) and not glob.has_magic(path):
                     yield f"data.{name}={path} does not exist; give a file, a folder or a glob."
 
     def _corpus(self, paths: list[str], option: str) -> Corpus:

@@ -156,7 +156,7 @@ def prepare(
         UserError: no text, a damaged cache, a folder that cannot be written.
     """
     corpora = [corpus] if val_corpus is None else [corpus, val_corpus]
-    root = Path(cache_dir).expanduser() / "data"
+    root = Path(os.path.expanduser(cache_dir)) / "data"
     prints = [c.fingerprint() for c in corpora]
     folder = root / f"{corpus.kind}-{_key(prints, tokenizer)}"
     try:

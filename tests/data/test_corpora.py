@@ -1,0 +1,169 @@
+"""Corpora: which files, in which order, and what becomes of those that are no text."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from nanochat.data import corpora
+from nanochat.data.corpora import Corpus, JsonLines, Skipped, standard_library
+from nanochat.errors import UserError
+
+
+def names(corpus: Corpus, skipped: Skipped | None = None) -> list[str]:
+    return [document.name for document in corpus.documents(skipped)]
+
+
+def test_standard_library_is_source_without_tests():
+    files = standard_library().files()
+    names = [file.name for file in files]
+    assert {"argparse.py", "json/decoder.py"} <= set(names)
+    assert names == sorted(names)
+    for name in names:
+        assert not {"test", "tests", "idle_test", "site-packages", "__pycache__"} & set(Path(name).parts)
+    assert sum(file.size for file in files) > 5e6
+
+
+def test_folders_globs_and_files_in_a_fixed_order(tmp_path):
+    for name in ("b/2.txt", "b/1.txt", "a/3.md", ".git/x.txt", "b/.hidden.txt", "node_modules/y.txt", "b/[x].txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    assert names(Corpus("text", [tmp_path])) == ["a/3.md", "b/1.txt", "b/2.txt", "b/[x].txt"]
+    assert names(Corpus("text", [tmp_path], extensions=["md"])) == ["a/3.md"]
+    assert names(Corpus("text", [tmp_path / "**" / "*.md"])) == ["a/3.md"]
+    assert names(Corpus("text", [tmp_path / "b" / "[12].txt"])) == ["1.txt", "2.txt"]
+    # a file that is named is taken whatever its extension; brackets in a name that exists are no glob
+    assert names(Corpus("text", [tmp_path / "a" / "3.md"], extensions=[".txt"])) == ["3.md"]
+    assert names(Corpus("text", [tmp_path / "b" / "[x].txt"])) == ["[x].txt"]
+    # paths that overlap give a file once
+    assert names(Corpus("text", [tmp_path / "b" / "2.txt", tmp_path / "b"])) == ["2.txt", "1.txt", "[x].txt"]
+
+
+@pytest.mark.parametrize("path", ["missing.txt", "no-*.txt", "~nobody-of-that-name/x"])
+def test_a_path_without_files_is_named(tmp_path, path):
+    with pytest.raises(UserError, match=r"data\.val_paths=.*(does not exist|matches no file)"):
+        Corpus("text", [path if path.startswith("~") else tmp_path / path], "data.val_paths").files()
+
+
+def test_what_is_no_text_is_skipped_and_named(tmp_path, monkeypatch):
+    (tmp_path / "good.txt").write_text("täxt\r\n", newline="")
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfwith a mark\n")
+    (tmp_path / "latin.txt").write_bytes("täxt".encode("latin-1"))
+    (tmp_path / "binary.txt").write_bytes(b"a\0b")
+    (tmp_path / "cut.txt").write_bytes("ü".encode()[:1])
+    (tmp_path / "long.txt").write_text("x" * 100)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    os.mkfifo(tmp_path / "pipe.txt")  # reading it would never end
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "unreadable.txt").write_text("a")
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_bytes(b"\xff")
+    scandir, real_open = os.scandir, open
+
+    def locked(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    def unreadable(path, *args, **kwargs):
+        if Path(path).name == "unreadable.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    monkeypatch.setattr("builtins.open", unreadable)
+    skipped = Skipped()
+    documents = list(Corpus("text", [tmp_path], max_file_bytes=50).documents(skipped))
+    assert {d.name: d.text for d in documents} == {"good.txt": "täxt\r\n", "bom.txt": "with a mark\n"}
+    reasons = {
+        "latin.txt": "not UTF-8",
+        "binary.txt": "binary",
+        "cut.txt": "not UTF-8",
+        "long.txt": "more than 50 bytes",
+        "gone.txt": "No such file or directory",
+        "loop.txt": "Too many levels of symbolic links",
+        "pipe.txt": "no regular file",
+        "locked": "Permission denied",
+        "unreadable.txt": "Permission denied",
+        "\\udcff.txt": "not UTF-8",
+    }
+    assert skipped.named == reasons
+    assert skipped.count == len(reasons)
+    str(skipped).encode()
+
+
+def test_a_long_file_is_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "PART_BYTES", 50)
+    text = "".join(f"línea {i} 🙂\n" for i in range(40)) + "x" * 170 + "\nend"
+    (tmp_path / "long.txt").write_text(text)
+    documents = list(Corpus("text", [tmp_path]).documents())
+    assert "".join(d.text for d in documents) == text
+    assert len(documents) > 5
+    assert documents[0].name == "long.txt#0"
+    assert all(d.text.endswith("\n") for d in documents[:5])
+
+
+def test_a_long_file_that_turns_bad_keeps_its_good_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "PART_BYTES", 50)
+    (tmp_path / "long.txt").write_bytes(b"good line\n" * 12 + b"\xff")
+    skipped = Skipped()
+    documents = list(Corpus("text", [tmp_path]).documents(skipped))
+    assert "".join(d.text for d in documents) == "good line\n" * 10
+    assert skipped.named == {"long.txt from part 2": "not UTF-8"}
+
+
+RECORDS = [{"text": "one"}, {"text": "zwei\nlines"}, {"other": 1}, {"text": ""}, {"text": 3}, [1], {"text": "\ud800"}]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_json_lines(tmp_path, ending):
+    data = "\n".join(map(json.dumps, RECORDS)).encode() + b'\n\n{"text": "\xff"}\n{"text": "last"}\n{"te'
+    pack = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.ZstdCompressor().compress}[ending]
+    (tmp_path / f"a.{ending}").write_bytes(pack(data))
+    skipped = Skipped()
+    documents = list(JsonLines("jsonl", [tmp_path]).documents(skipped))
+    assert [(d.name.split(":")[1], d.text) for d in documents] == [("1", "one"), ("2", "zwei\nlines"), ("10", "last")]
+    assert [name.split(":")[1] for name in skipped.named] == ["3", "5", "6", "7", "9", "11"]
+    assert names(JsonLines("jsonl", [tmp_path], text_key="other")) == []
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_damaged_compression_is_skipped_from_there(tmp_path, ending):
+    lines = b"".join(json.dumps({"text": f"record {i} {os.urandom(9).hex()}"}).encode() + b"\n" for i in range(20000))
+    pack = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}[ending]
+    packed = bytearray(pack(lines))
+    packed[len(packed) // 2 :] = b"\xff" * len(packed[len(packed) // 2 :])
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(packed)
+    (tmp_path / f"b.jsonl.{ending}").write_bytes(b"this was never compressed")
+    (tmp_path / "c.jsonl").write_text('{"text": "fine"}')
+    skipped = Skipped()
+    found = names(JsonLines("jsonl", [tmp_path]), skipped)
+    assert found[-1] == "c.jsonl:1"
+    assert 1000 < len(found) < 20000
+    assert any(name.startswith("b.jsonl") for name in skipped.named)
+
+
+def test_a_line_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "LINE_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + "x" * 2000)
+    skipped = Skipped()
+    assert names(JsonLines("jsonl", [tmp_path]), skipped) == ["a.jsonl:1"]
+    assert skipped.named == {"a.jsonl:2": "a line of more than 1000 bytes"}
+
+
+def test_fingerprints_follow_the_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    corpus = Corpus("text", [tmp_path])
+    first = corpus.fingerprint()
+    assert corpus.fingerprint() == first
+    os.utime(tmp_path / "a.txt", ns=(1, 1))
+    second = corpus.fingerprint()
+    (tmp_path / "b.txt").write_text("two")
+    third = corpus.fingerprint()
+    assert first != second != third
+    lines = [JsonLines("jsonl", [tmp_path], text_key=key).fingerprint() for key in ("text", "content")]
+    assert third != lines[0] != lines[1]
