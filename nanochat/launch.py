@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from nanochat.errors import UserError
 from nanochat.hydra_errors import explain, refuse
 from nanochat.messages import print_error
 
-LEAVINGS = {".hydra", "train.log", "config.yaml", "model.json", "tokenizer.json", "multirun.yaml"}
+LEAVINGS = {".hydra", "train.log", "config.yaml", "model.json", "tokenizer.json", "multirun.yaml", "summary.json"}
 """what a run or sweep that never got as far as training may have written"""
 
 
@@ -113,11 +114,22 @@ def _discard(folder: Path) -> None:
                 return
 
 
+def _quieten_lightning() -> None:
+    """Only what matters of what Lightning prints: it has handlers of its own, made when it is imported."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\.")  # about its own use of torch
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def _task(cfg: DictConfig) -> float | None:
     """One run; its value is what a sweeper minimises."""
     from nanochat.run import train
 
+    _quieten_lightning()
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     try:

@@ -68,6 +68,7 @@ def report(jobs: Sequence[Job], folder: Path) -> None:
     """Print the table and write it as sweep.csv into the sweep's folder, best val/bpb first."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     rows = sorted((job.row() for job in jobs), key=_rank)
     if not rows:
@@ -78,20 +79,24 @@ def report(jobs: Sequence[Job], folder: Path) -> None:
         writer.writerows(rows)
     common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
     told = {job.number: " ".join(o for o in job.overrides if o not in common) for job in jobs}
-    table = Table(title=" ".join(["sweep", *sorted(common)]), title_justify="left")
+    table = Table()
     for heading in ("job", "overrides", *COLUMNS.values(), "folder"):
         table.add_column(heading, justify="right" if heading in COLUMNS.values() else "left", overflow="fold")
     for row in rows:
         place = os.path.relpath(row["folder"]) if row["folder"] else ""
-        cells = ["failed" if row["error"] and not i else _cell(row[key]) for i, key in enumerate(COLUMNS)]
-        table.add_row(str(row["job"]), told[row["job"]], *cells, place)
-    console = Console(highlight=False)
+        numbers = ["failed" if row["error"] and not i else _cell(row[key]) for i, key in enumerate(COLUMNS)]
+        table.add_row(*map(Text, (str(row["job"]), told[row["job"]], *numbers, place)))
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 160
+    shared = " ".join(override for override in jobs[0].overrides if override in common)
+    console.print(
+        f"\nThe sweep's {len(jobs)} jobs, best first{f' (all with {shared})' if shared else ''}", soft_wrap=True
+    )
     console.print(table)
     for row in sorted(rows, key=lambda row: row["job"]):
         if row["error"]:
-            console.print(f"job {row['job']} ({told[row['job']]}) failed: {row['error']}", markup=False, soft_wrap=True)
+            console.print(f"job {row['job']} ({told[row['job']]}) failed: {row['error']}", soft_wrap=True)
 
 
 def _rank(row: dict[str, Any]) -> tuple[float, int]:

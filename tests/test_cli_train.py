@@ -242,6 +242,14 @@ def test_an_interrupted_sweep_stops_and_shows_what_is_done(runs, call: Call) -> 
     assert "val/bpb" in out
 
 
+def test_lists_are_swept(runs, call: Call) -> None:
+    """Brackets mean something to what draws the table."""
+    code, out, _ = call("-m", "tags=[a,b],[/c]", "seed=1,13")
+    assert code == 2
+    assert "tags=[a,b] seed=1" in out
+    assert "(tags=[/c] seed=13) failed" in out
+
+
 def test_sweepers_get_the_bits_per_byte(runs, call: Call, monkeypatch) -> None:
     returned: list[Any] = []
     keep = launch.Hooks.on_job_end
