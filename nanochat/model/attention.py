@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nanochat.model.bitlinear import BitLinear, int8_activation
 from nanochat.model.config import GPTConfig
+from nanochat.model.norm import RMSNorm
 from nanochat.model.rotary import apply_rope
 from nanochat.model.rows import KeptRows, row_function
 
@@ -46,7 +47,7 @@ def _kept_attention_backward(
     q, gradient = by_group(q) * head_dim**-0.5, by_group(gradient)
     k, v = (by_group(t).reshape(batch * groups, length, head_dim) for t in (k, v))
     dq = torch.empty_like(q)
-    dk, dv = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
+    dk, dv = (torch.zeros_like(t, dtype=torch.promote_types(dtype, torch.float32)) for t in (k, v))
     with torch.autocast(q.device.type, enabled=False):
         for start in range(0, count, QUERY_BLOCK):
             rows = slice(start, min(start + QUERY_BLOCK, count))
@@ -59,7 +60,7 @@ def _kept_attention_backward(
             scores.view(batch, -1, rows.stop - start, seen).masked_fill_(future[:, None], -torch.inf)
             p = torch.softmax(scores, -1)
             dv[:, :seen] += torch.bmm(p.mT, gb)
-            ds = torch._softmax_backward_data(torch.bmm(gb, vb.mT), p, -1, dtype)
+            ds = torch.ops.aten._softmax_backward_data(torch.bmm(gb, vb.mT), p, -1, dtype)
             dk[:, :seen] += torch.bmm(ds.mT, qb)
             dq[:, :, :, rows] = torch.bmm(ds, kb).view(batch, groups, -1, rows.stop - start, head_dim)
     dq = dq.mul_(head_dim**-0.5).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, K, H, head_dim)
@@ -97,14 +98,14 @@ class Attention(nn.Module):
         def linear(inputs: int, outputs: int) -> BitLinear:
             return BitLinear(inputs, outputs, config.ternary, config.weight_block)
 
-        self.norm = nn.RMSNorm(d, eps=config.norm_eps)
+        self.norm = RMSNorm(d, eps=config.norm_eps)
         self.q = linear(d, config.n_heads * head_dim)
         self.k = linear(d, config.n_kv_heads * head_dim)
         self.v = linear(d, config.n_kv_heads * head_dim)
         self.o = linear(config.n_heads * head_dim, d)
-        self.q_norm = nn.RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.sub_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.sub_norm else None
+        self.q_norm = RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.sub_norm = RMSNorm(d, eps=config.norm_eps) if config.sub_norm else None
         self.int8 = config.activation_scale if config.ternary else "none"
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nanochat.model.bitlinear import BitLinear, int8_activation
 from nanochat.model.config import GPTConfig
+from nanochat.model.norm import RMSNorm
 
 
 class FeedForward(nn.Module):
@@ -19,9 +20,9 @@ class FeedForward(nn.Module):
         def linear(inputs: int, outputs: int) -> BitLinear:
             return BitLinear(inputs, outputs, config.ternary, config.weight_block)
 
-        self.norm = nn.RMSNorm(d, eps=config.norm_eps)
+        self.norm = RMSNorm(d, eps=config.norm_eps)
         self.gate, self.up, self.down = linear(d, hidden), linear(d, hidden), linear(hidden, d)
-        self.sub_norm = nn.RMSNorm(hidden, eps=config.norm_eps) if config.sub_norm else None
+        self.sub_norm = RMSNorm(hidden, eps=config.norm_eps) if config.sub_norm else None
         self.activation = config.activation
         self.int8 = config.activation_scale if config.ternary else "none"
 

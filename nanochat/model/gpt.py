@@ -11,6 +11,7 @@ from nanochat.model.attention import Attention, KeyValueCache
 from nanochat.model.config import GPTConfig
 from nanochat.model.feedforward import FeedForward
 from nanochat.model.hyper_connections import HyperConnection, expand, reduce
+from nanochat.model.norm import RMSNorm
 from nanochat.model.rotary import rope_table
 from nanochat.model.rows import KeptRows, compact
 
@@ -32,7 +33,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, kept: KeptRows | None = None
     ) -> Tensor:
-        """x: (B, T, d), or the residual streams (n, B, T, d); kept: the tokens on which the backward runs (None: all)."""
+        """x: (B, T, d), or the residual streams (n, B, T, d); kept: tokens on which the backward runs (None: all)."""
 
         def attention(u: Tensor) -> Tensor:
             if kept is None:
@@ -78,7 +79,7 @@ class GPT(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.kept_rows: KeptRows | None = None
         """set by a token filter for a training step: the tokens on which the blocks' backward will run"""

