@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.errors import UserError
-from nanochat.lightning.callbacks.files import atomic_write
+from nanochat.lightning.callbacks.files import atomic_write, shown
 from nanochat.lightning.callbacks.loss_plot import curve, draw
 from nanochat.lightning.callbacks.metrics import read_rows
 from nanochat.lightning.callbacks.progress import duration
@@ -120,8 +119,7 @@ class Report:
             ) from failure
 
     def _card(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        place = os.path.relpath(self.folder)
-        place = place if len(place) < len(str(self.folder)) else str(self.folder)
+        place = shown(self.folder)
         model, optim = self.cfg["model"], self.cfg["optim"]
         table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold")
@@ -138,7 +136,7 @@ class Report:
         table.add_row(
             "trained",
             f"{trainer.global_step:,} steps, {self._tokens(trainer):,} tokens; this session took "
-            f"{duration(time.monotonic() - self.start)}",  # fmt: skip
+            f"{duration(time.monotonic() - self.start)}",
         )
         if "train/tokens_per_second" in metrics:
             wait = metrics.get("train/data_wait", 0.0)
@@ -153,7 +151,8 @@ class Report:
         table.add_row("folder", place)
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.exists():
-            table.add_row("next", f"nanochat generate {place} --prompt 'def '")
+            prompt = "def " if self.cfg["data"].get("corpus") in ("stdlib", "code") else "The "
+            table.add_row("next", f"nanochat generate {place} --prompt '{prompt}'")
             table.add_row("", f"nanochat train --resume {place} trainer.max_steps={2 * trainer.global_step}")
             table.add_row("", f"nanochat export {place}")
         console = Console(highlight=False)

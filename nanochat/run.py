@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
         SystemExit: 130 or 143, when a signal ended the run after it was saved.
     """
     check(cfg)
+    quieten()
     folder = Path(HydraConfig.get().runtime.output_dir) if folder is None else Path(folder)
     plain = settle(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     lightning.seed_everything(plain["seed"], verbose=False)
@@ -89,6 +91,13 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
         raise
     finally:
         clean_up(loggers)
+
+
+def quieten() -> None:
+    """Keep Lightning's remarks about devices and its own products out of the log."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
 def build_data(plain: dict[str, Any]) -> DataModule:

@@ -1,4 +1,4 @@
-"""Writing a file so that it is either the old one or the new one."""
+"""Files of a run: either the old one or the new one, never half of it."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(folder)  # the new name, too, survives a power cut
     finally:
         os.close(folder)
+
+
+def shown(folder: Path) -> str:
+    """A path as one would type it here: relative where that is shorter."""
+    return min(str(folder.absolute()), os.path.relpath(folder), key=len)

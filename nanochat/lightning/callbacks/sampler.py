@@ -6,21 +6,21 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 
 from nanochat.errors import UserError
 from nanochat.inference import Sampling, generate_text
 
 log = logging.getLogger(__name__)
 
-PROMPT_TOKENS = 12
+PROMPT_TOKENS = 16
 
 
 class TextSampler(Callback):
     """Lets the model write at each validation, into samples.md, and shows the first sample.
 
     Args:
-        prompts: None: an empty one, and the beginning of the validation text.
+        prompts: None: two beginnings out of the validation text.
         max_tokens: the longest sample.
         temperature, top_k, top_p: of sampling.
         seed: of its own generators; training draws nothing from them.
@@ -65,20 +65,19 @@ class TextSampler(Callback):
                 file.write("\n".join(parts) + "\n")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}.") from error
-        log.info("Sample at step %d:\n%s", trainer.global_step, prompts[-1] + texts[-1])
+        log.info("Sample at step %d:\n%s", trainer.global_step, prompts[0] + texts[0])
         for logger in trainer.loggers:
             if hasattr(logger, "log_text"):
                 rows = [[trainer.global_step, p, t] for p, t in zip(prompts, texts, strict=True)]
                 logger.log_text("samples", columns=["step", "prompt", "text"], data=rows)
 
-    def _prompts(self, data: object) -> list[str]:
+    def _prompts(self, data: LightningDataModule) -> list[str]:
         if self.prompts is not None:
             return list(self.prompts)
-        tokens = getattr(data, "validation_tokens", None)
-        if tokens is None:
-            return [""]
-        words = [int(t) for t in tokens[: PROMPT_TOKENS + 1] if int(t) != data.eot_id]  # type: ignore[attr-defined]
-        return ["", data.tokenizer.decode(words[:PROMPT_TOKENS])]  # type: ignore[attr-defined]
+        rows = next(iter(data.val_dataloader()))["tokens"]
+        special = data.eot_id  # type: ignore[attr-defined]
+        starts = [[t for t in row[:PROMPT_TOKENS].tolist() if t != special] for row in (rows[0], rows[-1])]
+        return list(dict.fromkeys(data.tokenizer.decode(start) for start in starts))  # type: ignore[attr-defined]
 
 
 def _fenced(text: str) -> str:

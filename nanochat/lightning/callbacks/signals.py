@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning import LightningModule, Trainer
 
 from nanochat.lightning.callbacks.base import StepCallback
 from nanochat.lightning.callbacks.checkpoint import Checkpoint
+from nanochat.lightning.callbacks.files import shown
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,6 @@ class Signals(StepCallback):
             "Stopped by %s after step %d; go on with: nanochat train --resume %s",
             signal.Signals(self.received).name,
             trainer.global_step,
-            os.path.relpath(trainer.default_root_dir),
+            shown(Path(trainer.default_root_dir)),
         )
         raise SystemExit(128 + self.received)

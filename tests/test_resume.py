@@ -1,0 +1,220 @@
+"""A run killed at any moment and gone on with is, to the last bit, the run that was never killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat.config import CONF
+from nanochat.lightning.callbacks import checkpoint as checkpoints
+from nanochat.lightning.module import NanoChatModule
+from nanochat.run import train
+from tests.runs import configure, read_metrics, read_state, same, words
+
+STEPS, ACCUMULATED = 7, 3
+RUN = [
+    f"trainer.max_steps={STEPS}", f"trainer.accumulate_grad_batches={ACCUMULATED}", "trainer.val_check_interval=3",
+    "callbacks.checkpoint.every_n_train_steps=2", "~callbacks.loss_plot", "~callbacks.progress",
+]  # fmt: skip
+QUICK = [*RUN, "~callbacks.sampler"]
+OPTIMIZERS = sorted(path.stem for path in (CONF / "optim").glob("*.yaml"))
+
+
+class Crash(Exception):
+    """Stands for whatever ends a run."""
+
+
+def at_micro_step(number: int, action: Any) -> Any:
+    """A training_step that acts in the middle of micro-step `number`, counted from 1 in this process."""
+    original, count = NanoChatModule.training_step, 0
+
+    def training_step(self: NanoChatModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        loss = original(self, batch, batch_idx)
+        if count == number:
+            action()
+        return loss
+
+    return training_step
+
+
+def kill(number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
+
+
+def die_in_save() -> None:
+    """Let the second save stop in the middle of its file."""
+    original, count = checkpoints.torch.save, 0
+
+    def save(content: Any, file: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            file.write(b"half a checkpoint")
+            file.flush()
+            kill()
+        original(content, file)
+
+    checkpoints.torch.save = save
+
+
+def die_in_validation() -> None:
+    original, count = NanoChatModule.validation_step, 0
+
+    def validation_step(self: NanoChatModule, batch: Any, batch_idx: int) -> None:
+        nonlocal count
+        count += 1
+        original(self, batch, batch_idx)
+        if count == 6:  # of four batches each: in the second validation
+            kill()
+
+    NanoChatModule.validation_step = validation_step
+
+
+def child(place: Path, folder: Path, death: str, micro_step: int) -> None:
+    """A run that ends early, in a process of its own."""
+    torch.set_num_threads(1)
+    if death == "save":
+        die_in_save()
+    elif death == "validation":
+        die_in_validation()
+    else:
+        number = getattr(signal, death)
+        NanoChatModule.training_step = at_micro_step(micro_step, lambda: kill(number))
+    train(configure(place, RUN), folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """The run that nothing stops."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(configure(place, RUN), place / "whole")
+    torch.set_num_threads(threads)
+    return place / "whole"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def equal_runs(one: Path, other: Path) -> None:
+    rows = read_metrics(one)
+    assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
+    assert all(row["val/bpb"] for row in rows if int(row["step"]) in (3, 6, STEPS))
+    assert rows == read_metrics(other)
+    same(read_state(one), read_state(other))
+    names = {path.name for path in (other / "checkpoints").iterdir()}
+    assert {"last.ckpt", f"step={STEPS}.ckpt"} < names
+    assert len(names) == 4  # of three steps, and nothing half-written
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_each_optimizer(place: Path, optim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [*QUICK, f"optim={optim}"]
+    train(configure(place, settings), place / f"{optim}-whole")
+    folder = place / optim
+
+    def crash() -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NanoChatModule, "training_step", at_micro_step(5 * ACCUMULATED - 1, crash))
+        with pytest.raises(Crash):
+            train(configure(place, settings), folder)
+    assert read_state(folder)["global_step"] == 4
+    train(configure(place, [*settings, "ckpt_path=last"]), folder)
+    equal_runs(place / f"{optim}-whole", folder)
+
+
+MOMENT = random.Random().randrange(2 * ACCUMULATED + 1, STEPS * ACCUMULATED + 1)
+
+
+@pytest.mark.parametrize(
+    ("death", "micro_step", "code", "step"),
+    [
+        pytest.param("SIGKILL", MOMENT, -signal.SIGKILL, None, id=f"SIGKILL at micro-step {MOMENT}"),
+        ("validation", 0, -signal.SIGKILL, 6),
+        ("save", 0, -signal.SIGKILL, 2),
+        ("SIGTERM", 4 * ACCUMULATED + 2, 143, 5),
+        ("SIGINT", 2 * ACCUMULATED + 2, 130, 3),
+    ],
+)
+def test_each_death(place: Path, whole: Path, death: str, micro_step: int, code: int, step: int | None) -> None:
+    folder = place / f"{death}-{micro_step}"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nanochat.run", "tests.test_resume"])
+    process = context.Process(target=child, args=(place, folder, death, micro_step))
+    process.start()
+    process.join(60)
+    assert process.exitcode == code
+    if step is not None:
+        assert read_state(folder)["global_step"] == step
+    train(configure(place, [*RUN, "ckpt_path=auto"]), folder)
+    equal_runs(whole, folder)
+    assert (folder / "samples.md").read_text() == (whole / "samples.md").read_text()
+
+
+def test_ctrl_c_and_resume_of_the_command(place: Path, whole: Path) -> None:
+    """From outside, as a user does it: `nanochat train`, Ctrl-C, `nanochat train --resume`."""
+    folder = place / "command"
+    command = [sys.executable, "-m", "nanochat.cli", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONF.parent)}
+    cfg_words = [*words(place), *RUN, f"hydra.run.dir={folder}", "trainer.max_steps=100000"]
+    process = subprocess.Popen([*command, *cfg_words], env=environment, cwd=place, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (folder / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    step = read_state(folder)["global_step"]
+    assert int(read_metrics(folder)[-1]["step"]) == step
+    done = subprocess.run(
+        [*command, "--resume", str(folder), f"trainer.max_steps={step + 1}"],
+        env=environment, cwd=place, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [int(row["step"]) for row in read_metrics(folder)] == list(range(1, step + 2))
+    assert "val/bpb" in done.stdout
+    assert f"--resume {folder}" in done.stdout or "--resume command" in done.stdout
+
+
+def test_a_second_signal_leaves_at_once(place: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=impatient_child, args=(place, place / "impatient"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 143
+    assert not (place / "impatient" / "checkpoints").exists()
+
+
+def impatient_child(place: Path, folder: Path) -> None:
+    def twice() -> None:
+        kill(signal.SIGINT)
+        kill(signal.SIGTERM)
+        time.sleep(60)
+
+    NanoChatModule.training_step = at_micro_step(1, twice)
+    train(configure(place, RUN), folder)
