@@ -9,13 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from nanochat.errors import UserError
+from nanochat.optim.adam8bit import AdamW8bit
 from nanochat.optim.adamw import AdamW
-from nanochat.optim.muon import Muon
+from nanochat.optim.apollo import Apollo
+from nanochat.optim.galore import GaLore, GaLore8bit, GaLoreMuon8bit
+from nanochat.optim.lion import Lion, Lion8bit
+from nanochat.optim.muon import Muon, Muon8bit
 from nanochat.optim.optimizer import Optimizer
 from nanochat.optim.rule import Group, Rule, check_options, number
 from nanochat.optim.schedule import WEIGHT_DECAY_SCHEDULES
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (AdamW(), Muon())}
+_ALL = (AdamW, AdamW8bit, Lion, Lion8bit, Muon, Muon8bit, GaLore, GaLore8bit, GaLoreMuon8bit, Apollo)
+RULES: dict[str, Rule] = {rule.name: rule() for rule in _ALL}
 
 GROUP_KEYS = ("match", "ndim", "tied", "optional", "rule", "rate", "lr", "weight_decay")
 """keys of a group besides its rule's options"""
@@ -51,7 +56,8 @@ def build(
     cautious_weight_decay: bool | None = None,
     block_size: int | None = None,
     stochastic_rounding: bool | None = None,
-    rank: int | str | None = None,
+    kernels: str | None = None,
+    rank: int | float | str | None = None,
     update_period: int | None = None,
     power_iterations: int | None = None,
     oversampling: int | None = None,
@@ -97,6 +103,7 @@ def build(
         "cautious_weight_decay": cautious_weight_decay,
         "block_size": block_size,
         "stochastic_rounding": stochastic_rounding,
+        "kernels": kernels,
         "rank": rank,
         "update_period": update_period,
         "power_iterations": power_iterations,

@@ -13,6 +13,17 @@ import torch
 from torch import Tensor
 
 from nanochat.errors import UserError
+from nanochat.optim.quantized import (
+    BLOCK,
+    SMALL,
+    absmax_like,
+    codes_like,
+    decode,
+    encode,
+    rounding_generator,
+    span_size,
+    spans,
+)
 from nanochat.optim.rule import Group, Rule, State
 
 CLASSIC = (3.4445, -4.7750, 2.0315)
@@ -82,38 +93,46 @@ def orthogonalized(update: Tensor, group: Group, variance: Tensor | None) -> Ten
     return x
 
 
-def momentum_update(momentum: Tensor, gradient: Tensor, group: Group) -> Tensor:
-    """Move the momentum (float32, in place) by the gradient; returns what is to be orthogonalised, a new tensor."""
+def momentum_update(momentum: Tensor, gradient: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
+    """Move the momentum (float32, in place) by the gradient; returns what to orthogonalise (`out` if given)."""
     mu = group["momentum_now"]
     gradient = gradient.float()
     if group["ema"]:
         momentum.lerp_(gradient, 1.0 - mu)
-        return gradient.lerp(momentum, mu) if group["nesterov"] else momentum.clone()
-    momentum.mul_(mu).add_(gradient)
-    return gradient.add(momentum, alpha=mu) if group["nesterov"] else momentum.clone()
+    else:
+        momentum.mul_(mu).add_(gradient)
+    if not group["nesterov"]:
+        return momentum.clone() if out is None else out.copy_(momentum)
+    if group["ema"]:
+        return torch.lerp(gradient, momentum, mu, out=out)
+    return torch.add(gradient, momentum, alpha=mu, out=out)
+
+
+def update_scale(parameter: Tensor, group: Group) -> float:
+    """Factor that makes the update's size right for the matrix' shape."""
+    rows, columns = parameter.shape
+    return max(1.0, rows / columns) ** 0.5 if group["adjust"] == "original" else 0.2 * max(rows, columns) ** 0.5
 
 
 def apply_update(parameter: Tensor, update: Tensor, group: Group) -> None:
     """p <- p (1 - lr wd) - lr scale update, the decay only where it agrees with the update if it is cautious."""
-    rows, columns = parameter.shape
-    scale = max(1.0, rows / columns) ** 0.5 if group["adjust"] == "original" else 0.2 * max(rows, columns) ** 0.5
     decay = group["lr"] * group["weight_decay"]
     wide = parameter.float()
     if decay and group["cautious_weight_decay"]:
         wide.addcmul_(wide, (wide * update >= 0).float(), value=-decay)
     elif decay:
         wide.mul_(1.0 - decay)
-    wide.add_(update, alpha=-group["lr"] * scale)
+    wide.add_(update, alpha=-group["lr"] * update_scale(parameter, group))
     if wide is not parameter:
         parameter.copy_(wide)
 
 
-def variance_state(rows: int, columns: int, group: Group, device: torch.device) -> State:
+def variance_state(shape: torch.Size, group: Group, device: torch.device) -> State:
     """NorMuon's second moment: of the rows of a tall or square update, of the columns of a wide one."""
     if not group["normuon_beta"]:
         return {}
-    shape = (rows, 1) if rows >= columns else (1, columns)
-    return {"variance": torch.zeros(shape, dtype=torch.float32, device=device)}
+    rows, columns = shape
+    return {"variance": torch.zeros((rows, 1) if rows >= columns else (1, columns), dtype=torch.float32, device=device)}
 
 
 def check_muon(group: Group, name: str, parameter: Tensor) -> None:
@@ -156,7 +175,7 @@ class Muon(Rule):
 
     def init(self, parameter: Tensor, group: Group, index: int) -> State:
         momentum = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
-        return {"momentum": momentum, **variance_state(*parameter.shape, group, parameter.device)}
+        return {"momentum": momentum, **variance_state(parameter.shape, group, parameter.device)}
 
     def update(self, state: State, gradient: Tensor, group: Group) -> Tensor:
         """Move one parameter's momentum; returns what is to be orthogonalised (r, c), float32."""
@@ -175,6 +194,49 @@ class Muon(Rule):
                     torch._foreach_copy_(variances, list(variance.unbind()))  # type: ignore[union-attr]
             for i, move in zip(bucket, moves, strict=True):
                 apply_update(parameters[i], move, group)
+
+
+class Muon8bit(Muon):
+    """Muon with momentum in 8 bits, linear (8-bit Muon, arXiv:2509.23106); small matrices keep 32 bits."""
+
+    name = "muon8bit"
+    options: ClassVar = {**MUON_OPTIONS, "block_size": BLOCK, "stochastic_rounding": False}
+    quantized = True
+
+    def init(self, parameter: Tensor, group: Group, index: int) -> State:
+        variance = variance_state(parameter.shape, group, parameter.device)
+        return {**momentum8bit_state(parameter, group, index), **variance}
+
+    def update(self, state: State, gradient: Tensor, group: Group) -> Tensor:
+        return momentum8bit_update(state, gradient, group)
+
+
+def momentum8bit_state(like: Tensor, group: Group, index: int) -> State:
+    """Momentum in the shape of a tensor: 8 bits, or 32 where it is small."""
+    if like.numel() < SMALL:
+        return {"momentum": torch.zeros_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)}
+    absmax = absmax_like(like, group["block_size"])
+    return {"step": 0, "index": index, "momentum": codes_like(like), "momentum_absmax": absmax}
+
+
+def momentum8bit_update(state: State, gradient: Tensor, group: Group) -> Tensor:
+    """`momentum_update` on a momentum that is 8 bits outside of this function."""
+    if "momentum_absmax" not in state:
+        return momentum_update(state["momentum"], gradient, group)
+    state["step"] += 1
+    generator = None
+    if group["stochastic_rounding"]:
+        generator = rounding_generator(state["step"], state["index"], gradient.device)
+    codes, slope = state["momentum"].view(-1), gradient.reshape(-1)
+    update = torch.empty(slope.shape, dtype=torch.float32, device=slope.device)
+    scratch = torch.empty(2, span_size(slope, group["block_size"]), dtype=torch.float32, device=slope.device)
+    for elements, blocks in spans(slope, group["block_size"]):
+        size = elements.stop - elements.start
+        absmax, following = state["momentum_absmax"][blocks], update[elements]
+        momentum = decode(codes[elements], absmax, "linear", scratch[0, :size])
+        momentum_update(momentum, slope[elements], group, out=following)
+        encode(momentum, codes[elements], absmax, "linear", generator, scratch[1, :size])
+    return update.view(gradient.shape)
 
 
 def buckets(parameters: list[Tensor]) -> list[list[int]]:

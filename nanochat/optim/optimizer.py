@@ -12,7 +12,7 @@ from nanochat.errors import UserError
 from nanochat.optim.rule import Group, Rule, State
 from nanochat.optim.schedule import WEIGHT_DECAY_SCHEDULES
 
-MATCHED = ("block_size", "rank")
+MATCHED = ("kernels", "block_size", "rank")
 """options that decide what a saved state means"""
 
 

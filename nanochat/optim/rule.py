@@ -92,8 +92,14 @@ def _choice(*choices: str) -> Callable[[Any, str], str]:
     return check
 
 
-def _rank(value: Any, what: str) -> int | str:
-    return value if value == "full" else _whole(value, what, 1)
+def _rank(value: Any, what: str) -> int | float | str:
+    if value == "full":
+        return value
+    if isinstance(value, float) and 0.0 < value < 1.0:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise UserError(f"{what} must be a whole number of at least 1, a fraction of the shorter side, or full.")
 
 
 def _beta(value: Any, what: str) -> float:
@@ -121,6 +127,7 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "power_iterations": lambda value, what: _whole(value, what, 0),
     "oversampling": lambda value, what: _whole(value, what, 0),
     "scale": lambda value, what: number(value, what),
+    "kernels": _choice("auto", "tensor", "bitsandbytes"),
     "norm_growth_limit": lambda value, what: number(value, what, 1.0),
 }
 

@@ -1,0 +1,78 @@
+"""APOLLO-Mini (Zhu et al., arXiv:2412.05270): SGD whose rate, one for each tensor, AdamW finds in a space of rank 1."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nanochat.errors import UserError
+from nanochat.optim.adamw import adamw_state, adamw_step
+from nanochat.optim.galore import resolved_rank
+from nanochat.optim.quantized import rounding_generator
+from nanochat.optim.rule import Group, Rule, State
+
+
+def random_projector(rank: int, side: int, epoch: int, index: int, device: torch.device) -> Tensor:
+    """N(0, 1 / rank) of (rank, side), a function of the refreshes so far and the parameter: never stored."""
+    generator = rounding_generator(epoch, index, torch.device("cpu"))
+    return (torch.randn(rank, side, generator=generator) * rank**-0.5).to(device)
+
+
+class Apollo(Rule):
+    """W <- W - lr scale s G with s = |AdamW's direction of P G| / |P G|, of the whole tensor at rank 1, else of each
+    channel along the longer side. A step's norm grows at most by `norm_growth_limit` over the last one's.
+    """
+
+    name = "apollo"
+    options: ClassVar[dict[str, Any]] = {
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "rank": 1,
+        "update_period": 200,
+        "scale": 128**0.5,
+        "norm_growth_limit": 1.01,
+    }
+
+    def check(self, group: Group, name: str, parameter: Tensor) -> None:
+        if parameter.ndim != 2:
+            raise UserError(
+                f"parameter {name} has {parameter.ndim} dimensions, but rule {self.name} of "
+                f"optim.groups.{group['name']} moves matrices only; say `ndim: 2` and give it another group."
+            )
+        resolved_rank(group["rank"], parameter, name)
+
+    def init(self, parameter: Tensor, group: Group, index: int) -> State:
+        space = parameter.new_empty(resolved_rank(group["rank"], parameter), max(parameter.shape))
+        norm = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        return {"steps": 0, "index": index, "norm": norm, **adamw_state(space)}
+
+    def step(self, group: Group, parameters: list[Tensor], gradients: list[Tensor], states: list[State]) -> None:
+        unit = {**group, "lr": 1.0, "weight_decay": 0.0}
+        for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
+            tall, gradient = parameter.shape[0] > parameter.shape[1], gradient.float()
+            flat = gradient.mT if tall else gradient  # (short, long)
+            epoch = state["steps"] // group["update_period"]
+            rank = state["exp_avg"].shape[0]
+            projected = random_projector(rank, flat.shape[0], epoch, state["index"], gradient.device) @ flat
+            direction = torch.zeros_like(projected)
+            adamw_step(unit, [direction], [projected], [state])
+            along = None if rank == 1 else 0
+            before = torch.linalg.vector_norm(projected, dim=along)
+            factor = torch.linalg.vector_norm(direction, dim=along) / before.clamp_min(1e-30)  # () or (long,)
+            factor.mul_(before > 0)
+            if along is not None and tall:
+                factor = factor[:, None]
+            update = gradient * factor
+            norm, last = torch.linalg.vector_norm(update), state["norm"]
+            # no limit over a step of norm 0, as behind projections that start at zero
+            limit = torch.where(last > 0, group["norm_growth_limit"] * last, norm)
+            shrink = torch.where(norm > limit, limit / norm.clamp_min(1e-30), 1.0)
+            state["norm"].copy_(norm * shrink)
+            state["steps"] += 1
+            wide = parameter.float()
+            wide.mul_(1.0 - group["lr"] * group["weight_decay"])
+            wide.sub_(update.mul_(shrink * (group["lr"] * group["scale"])))
+            if wide is not parameter:
+                parameter.copy_(wide)
