@@ -89,7 +89,7 @@ def choose_kernels(group: Group, parameter: Tensor) -> None:
 
 @cache
 def _code_map(signed: bool, device: torch.device) -> Tensor:
-    from bitsandbytes.functional import create_dynamic_map
+    from bitsandbytes.functional import create_dynamic_map  # type: ignore
 
     return create_dynamic_map(signed=signed).to(device)
 
@@ -105,7 +105,7 @@ def kernel_state(parameter: Tensor, moments: int) -> State:
 
 def kernel_step(method: str, parameter: Tensor, gradient: Tensor, state: State, group: Group) -> None:
     """One step of bitsandbytes' block-wise kernel `adam` or `lion`."""
-    from bitsandbytes.functional import optimizer_update_8bit_blockwise
+    from bitsandbytes.functional import optimizer_update_8bit_blockwise  # type: ignore
 
     state["step"] += 1
     second: dict[str, Any] = {"state2": None, "qmap2": None, "absmax2": None}
