@@ -54,6 +54,9 @@ def explain(error: BaseException, overrides: Sequence[str] = (), *, resuming: bo
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename} cannot be used: {error.strerror}."
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name} is no valid YAML at line {mark.line + 1}: {error.problem}."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_option(error, overrides)
     if isinstance(error, OverrideParseException):

@@ -165,6 +165,15 @@ def test_mistakes_are_one_sentence_and_exit_code_2(runs, call: Call, tmp_path: P
     assert folders(tmp_path) == ["file"]
 
 
+def test_a_broken_file_of_ones_own(runs, call: Call, tmp_path: Path) -> None:
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "own" / "model" / "mine.yaml").write_text("dim: 1\n  n_layers: [\n")
+    code, _, err = call(f"hydra.searchpath=[file://{tmp_path}/own]", "model=mine")
+    assert code == 2
+    assert "own/model/mine.yaml is no valid YAML at line 2" in err
+    assert "Traceback" not in err
+
+
 def test_a_mistake_found_later_leaves_no_folder(runs, call: Call, tmp_path: Path) -> None:
     assert call("seed=13") == (2, "", "error: thirteen is unlucky.\n")
     assert folders(tmp_path) == []
