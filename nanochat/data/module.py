@@ -75,12 +75,16 @@ class DataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         self.corpus, self.paths, self.val_paths = corpus, _as_list(paths), _as_list(val_paths)
-        self.extensions, self.max_file_bytes, self.text_key = extensions, max_file_bytes, text_key
+        self.extensions = None if extensions is None else _as_list(extensions)
+        self.max_file_bytes, self.text_key = max_file_bytes, text_key
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.val_batch_size, self.val_tokens = batch_size if val_batch_size is None else val_batch_size, val_tokens
         self.cache_dir, self.prefetch = str(cache_dir), prefetch
         self._synthetic_vocabulary, self._spec = vocab_size, tokenizer if tokenizer is not None else BPE()
-        problems = list(self._problems())
+        counts = {"seq_len": seq_len, "batch_size": batch_size, "prefetch": prefetch}
+        if val_batch_size is not None:
+            counts["val_batch_size"] = val_batch_size
+        problems = list(self._problems(counts))
         if problems:
             raise ConfigError(problems)
         if corpus == "stdlib" and self.paths:
@@ -94,13 +98,13 @@ class DataModule(lightning.LightningDataModule):
 
     # ---- what was given ---------------------------------------------------------------------------------------------
 
-    def _problems(self) -> Iterator[str]:
+    def _problems(self, counts: dict[str, int]) -> Iterator[str]:
         if self.corpus not in CORPORA:
             yield f"data.corpus={self.corpus} must be one of {', '.join(CORPORA)}."
             return
-        for name in ("seq_len", "batch_size", "val_batch_size", "prefetch"):
-            if not _is_count(getattr(self, name), 1):
-                yield f"data.{name}={getattr(self, name)} must be a whole number of at least 1."
+        for name, count in counts.items():
+            if not _is_count(count, 1):
+                yield f"data.{name}={count} must be a whole number of at least 1."
         for name in ("val_tokens", "max_file_bytes"):
             value = getattr(self, name)
             if value is not None and not _is_count(value, 1):
@@ -112,7 +116,7 @@ class DataModule(lightning.LightningDataModule):
         if not isinstance(self.text_key, str):
             yield f"data.text_key={self.text_key} must be a text."
         extensions = self.extensions
-        if extensions is not None and not (_is_texts(extensions) and extensions):
+        if extensions is not None and not (extensions and _is_texts(extensions)):
             yield f"data.extensions={extensions} must be a list such as [.py,.rs], or null."
         if not isinstance(self._spec, Tokenizer) and not hasattr(self._spec, "build"):
             yield f"data.tokenizer={self._spec!r} is neither a tokenizer nor a specification of one."
@@ -324,16 +328,12 @@ class DataModule(lightning.LightningDataModule):
             )
 
 
-def _as_list(paths: str | Sequence[str] | None) -> list[str]:
-    if isinstance(paths, Path):
-        return [str(paths)]
-    return (
-        []
-        if paths is None
-        else [paths]
-        if isinstance(paths, str)
-        else [str(p) if isinstance(p, Path) else p for p in paths]
-    )
+def _as_list(values: Any) -> list[Any]:
+    """What YAML and Python give for a list of texts: none, one, a list, or Hydra's own lists."""
+    if values is None:
+        return []
+    values = [values] if isinstance(values, str | Path) or not isinstance(values, Sequence) else list(values)
+    return [str(value) if isinstance(value, Path) else value for value in values]
 
 
 def _is_texts(values: object) -> bool:

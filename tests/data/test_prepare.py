@@ -1,0 +1,311 @@
+"""Preparing: splits that share nothing, shards that say what the text says, a cache that is whole or absent."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanochat.data import prepare as module
+from nanochat.data.corpora import Corpus, Document
+from nanochat.data.prepare import DROPPED, TRAIN, VAL, prepare, scan, split_documents, split_of
+from nanochat.data.shards import open_shards
+from nanochat.data.tokenizer import BPE, Byte
+from nanochat.errors import UserError
+
+
+def documents_of(shards, split: str) -> list[str]:
+    """The texts of a split, read back from its files."""
+    part = getattr(shards, split)
+    ends = [*part.starts[1:], len(part.tokens)]
+    assert (part.tokens[part.starts] == shards.tokenizer.eot_id).all()
+    assert (np.asarray(part.tokens) == shards.tokenizer.eot_id).sum() == len(part.starts)
+    return [
+        shards.tokenizer.decode(part.tokens[start + 1 : end].tolist())
+        for start, end in zip(part.starts, ends, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("spec", [BPE(300), Byte()], ids=["bpe", "byte"])
+def test_shards_hold_the_text(corpus_dir, cache, spec):
+    corpus = Corpus("text", [corpus_dir])
+    shards = prepare(corpus, spec, cache)
+    expected = {"train": [], "val": []}
+    for document in corpus.documents():
+        held_out = int(hashlib.sha256(document.name.encode()).hexdigest(), 16) % 20 == 0
+        expected["val" if held_out else "train"].append(document.text)
+    assert len(expected["val"]) > 1
+    for split, texts in expected.items():
+        assert documents_of(shards, split) == texts
+        said = shards.header["splits"][split]
+        assert said["bytes"] == sum(len(text.encode()) for text in texts)
+        assert said["documents"] == len(texts)
+        whole = [[shards.tokenizer.eot_id, *shards.tokenizer.encode(text)] for text in texts]
+        assert getattr(shards, split).tokens.tolist() == [i for ids in whole for i in ids]
+        table = shards.tokenizer.token_bytes()
+        assert table[np.asarray(getattr(shards, split).tokens)].sum() == said["bytes"]
+    assert shards.train.tokens.dtype == np.dtype("<u2")
+
+
+def test_a_large_vocabulary_takes_four_bytes(tmp_path):
+    assert module.token_dtype(1 << 16) == np.dtype("<u2")
+    assert module.token_dtype((1 << 16) + 1) == np.dtype("<u4")
+
+
+def test_long_documents_and_small_batches_give_the_same_tokens(corpus_dir, cache, monkeypatch):
+    corpus = Corpus("text", [corpus_dir])
+    before = prepare(corpus, BPE(300), cache)
+    monkeypatch.setattr("nanochat.data.tokenizer.PIECE", 100)
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
+    after = prepare(corpus, BPE(300), cache.with_name("other"))
+    assert after.identity == before.identity
+    assert (after.train.starts == before.train.starts).all()
+
+
+def test_the_same_text_is_never_in_both_splits(corpus_dir, cache):
+    files = Corpus("text", [corpus_dir]).files()
+    val = next(file for file in files if split_of(file.name) == VAL)
+    train = [file for file in files if split_of(file.name) == TRAIN]
+    for file in train[:3]:
+        file.path.write_bytes(val.path.read_bytes())
+    shards = prepare(Corpus("text", [corpus_dir]), Byte(), cache)
+    texts = {split: documents_of(shards, split) for split in ("train", "val")}
+    assert not set(texts["train"]) & set(texts["val"])
+    assert len(set(texts["train"])) == len(texts["train"])
+    assert shards.header["duplicates"] == 3
+
+
+def test_validation_paths(corpus_dir, cache):
+    train = Corpus("text", [corpus_dir])
+    validation = Corpus("text", [corpus_dir / "part0" / "file0.txt"], "data.val_paths")
+    shards = prepare(train, Byte(), cache, validation)
+    assert documents_of(shards, "val") == [(corpus_dir / "part0" / "file0.txt").read_text()]
+    # what validates does not train, and nothing else is put aside
+    assert len(documents_of(shards, "train")) == 59
+    assert shards.header["split"] == "paths"
+    with pytest.raises(UserError, match="no text that"):
+        prepare(Corpus("text", [corpus_dir / "part1"]), Byte(), cache, Corpus("text", [corpus_dir], "data.val_paths"))
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_one_file_is_split_by_position(tmp_path, cache, lines):
+    text = "".join(f"línea {i}" + "\n" * lines for i in range(400))
+    (tmp_path / "one.txt").write_text(text)
+    shards = prepare(Corpus("text", [tmp_path / "one.txt"]), Byte(), cache)
+    (train,), (val,) = documents_of(shards, "train"), documents_of(shards, "val")
+    assert train + val == text
+    assert 0.04 < len(val) / len(text) < 0.06
+    assert train.endswith("\n") == lines
+    assert shards.header["split"] == "position"
+
+
+def test_two_files_of_one_split_are_split_by_position(tmp_path, cache):
+    names = [name for name in (f"{i}.txt" for i in range(100)) if split_of(name) == TRAIN][:2]
+    for name in names:
+        (tmp_path / name).write_text(f"a line of {name}\n" * 100)
+    shards = prepare(Corpus("text", [tmp_path / name for name in names]), Byte(), cache)
+    assert len(documents_of(shards, "train")) == 2
+    assert "".join(documents_of(shards, "val")).startswith(f"a line of {names[1]}\n")
+
+
+def test_nothing_to_read(tmp_path, cache):
+    (tmp_path / "latin.txt").write_bytes(b"\xe4")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"data\.paths=.* has no text to use; skipped: latin\.txt \(not UTF-8\)"):
+        prepare(Corpus("text", [tmp_path]), Byte(), cache)
+    with pytest.raises(UserError, match=r"data\.paths=.*no text"):
+        prepare(Corpus("text", [tmp_path / "empty.txt"]), Byte(), cache)
+    (tmp_path / "fine.txt").write_text("fine text")
+    with pytest.raises(UserError, match=r"data\.val_paths=.*no text"):
+        prepare(Corpus("text", [tmp_path]), Byte(), cache, Corpus("text", [tmp_path / "empty.txt"], "data.val_paths"))
+    assert not [path for path in (cache / "data").iterdir() if path.suffix != ".lock"]
+
+
+def test_what_was_skipped_is_in_the_header(corpus_dir, cache, caplog):
+    (corpus_dir / "latin.txt").write_bytes(b"\xe4")
+    (corpus_dir / "gone.txt").symlink_to("nowhere")
+    header = prepare(Corpus("text", [corpus_dir]), Byte(), cache).header
+    assert header["skipped"] == {
+        "count": 2,
+        "named": {"gone.txt": "No such file or directory", "latin.txt": "not UTF-8"},
+    }
+    assert "Skipped 2 of the corpus: gone.txt" in caplog.text
+
+
+def test_compression_is_of_the_validation_text(corpus_dir, cache):
+    import gzip
+    import lzma
+
+    corpus = Corpus("text", [corpus_dir])
+    shards = prepare(corpus, Byte(), cache)
+    text = "\n".join(d.text for d in corpus.documents() if split_of(d.name) == VAL).encode()
+    said = shards.header["compression"]
+    assert said["bytes"] == len(text)
+    assert said["bits_per_byte"]["gzip -9"] == 8 * len(gzip.compress(text, 9)) / len(text)
+    best = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    assert said["bits_per_byte"]["xz -9e"] == 8 * len(best) / len(text)
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_used_until_something_changes(corpus_dir, cache, monkeypatch):
+    corpus, builds = Corpus("text", [corpus_dir]), []
+    build = module._build
+    monkeypatch.setattr(module, "_build", lambda *a: (builds.append(a), build(*a)))
+
+    def built(corpus=corpus, spec=None) -> bool:
+        before = len(builds)
+        prepare(corpus, spec or BPE(300), cache)
+        return len(builds) > before
+
+    assert built()
+    assert not built()
+    assert not built(Corpus("text", [corpus_dir]))
+    tokenizer = prepare(corpus, BPE(300), cache).tokenizer
+    assert not built(spec=tokenizer)  # the finished tokenizer finds the same shards
+    assert built(spec=BPE(301))
+    assert built(spec=Byte())
+    os.utime(corpus_dir / "part0" / "file0.txt", ns=(1, 1))
+    assert built()
+    (corpus_dir / "new.txt").write_text("more")
+    assert built()
+    assert not built()
+    (corpus_dir / "new.txt").unlink()
+    assert not built()
+
+
+def test_identity_is_of_the_content_alone(corpus_dir, cache):
+    first = prepare(Corpus("text", [corpus_dir]), BPE(300), cache)
+    for path in corpus_dir.rglob("*.txt"):
+        os.utime(path, ns=(1, 1))
+    second = prepare(Corpus("text", [corpus_dir]), BPE(300), cache)
+    assert first.folder != second.folder
+    assert first.identity == second.identity
+    assert prepare(Corpus("text", [corpus_dir]), BPE(301), cache).identity != first.identity
+    (corpus_dir / "part0" / "file0.txt").write_text("other text")
+    assert prepare(Corpus("text", [corpus_dir]), BPE(300), cache).identity != first.identity
+
+
+def test_a_corpus_that_changes_while_it_is_read(corpus_dir, cache, monkeypatch):
+    class Growing(Corpus):
+        reads = 0
+
+        def documents(self, skipped=None):
+            yield from super().documents(skipped)
+            self.reads += 1
+            if self.reads > self.grows_at:
+                yield Document("late.txt", "late text")
+
+    class Touched(Corpus):
+        def documents(self, skipped=None):
+            yield from super().documents(skipped)
+            os.utime(corpus_dir / "part0" / "file0.txt")
+
+    growing = Growing("text", [corpus_dir])
+    growing.grows_at = 1
+    for corpus in (growing, Touched("text", [corpus_dir])):
+        with pytest.raises(UserError, match="changed while it was read"):
+            prepare(corpus, Byte(), cache)
+    assert not [path for path in (cache / "data").iterdir() if path.suffix != ".lock"]
+
+
+def test_folders_that_cannot_be_used(corpus_dir, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", "/proc/no-such-place"):
+        with pytest.raises(UserError, match=r"data\.cache_dir=.*cannot be used"):
+            prepare(Corpus("text", [corpus_dir]), Byte(), place)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.SplitWriter, "write", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        prepare(Corpus("text", [corpus_dir]), Byte(), tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache" / "data").iterdir() if path.suffix != ".lock"]
+
+
+def test_a_linked_folder_that_was_deleted_is_built_again(corpus_dir, cache):
+    corpus = Corpus("text", [corpus_dir])
+    shards = prepare(corpus, BPE(300), cache)
+    tokenizer = shards.tokenizer
+    for file in shards.folder.iterdir():
+        file.unlink()
+    shards.folder.rmdir()
+    assert prepare(corpus, tokenizer, cache).identity == shards.identity
+    assert prepare(corpus, BPE(300), cache).identity == shards.identity
+
+
+SCRIPT = """
+import logging, sys, time
+from nanochat.data import prepare as module
+from nanochat.data.corpora import Corpus
+from nanochat.data.tokenizer import BPE
+logging.basicConfig(format="%(message)s")
+encode, before, after = module._encode, float(sys.argv[3]), float(sys.argv[4])
+def slowly(*args):
+    print("building", flush=True)
+    time.sleep(before)
+    counts = encode(*args)
+    print("encoded", flush=True)
+    time.sleep(after)
+    return counts
+module._encode = slowly
+print("identity", module.prepare(Corpus("text", [sys.argv[1]]), BPE(300), sys.argv[2]).identity, flush=True)
+"""
+
+
+def start(corpus_dir: Path, cache: Path, before: float = 0, after: float = 0) -> subprocess.Popen:
+    """A process that prepares, and sleeps before and after it encodes."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(corpus_dir), str(cache), str(before), str(after)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_at_once_build_once(corpus_dir, cache):
+    first = start(corpus_dir, cache, 0.8)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "building\n"
+    second = start(corpus_dir, cache)
+    (out1, err1), (out2, err2) = first.communicate(timeout=60), second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0), err1 + err2
+    assert out1.startswith("encoded\nidentity ")
+    assert out2 == out1.removeprefix("encoded\n")
+    assert "waiting for it" in err2
+    assert len([p for p in (cache / "data").iterdir() if p.is_dir() and not p.is_symlink()]) == 1
+
+
+@pytest.mark.parametrize("sleeps", [(30, 0), (0, 30)], ids=["before encoding", "before the header"])
+def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(corpus_dir, cache, sleeps):
+    process = start(corpus_dir, cache, *sleeps)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "building\n"
+    assert not sleeps[1] or process.stdout.readline() == "encoded\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (aside,) = [p for p in (cache / "data").iterdir() if p.is_dir()]
+    assert re.match(r"\.text-\w+\.\d+$", aside.name)
+    began = time.monotonic()
+    shards = prepare(Corpus("text", [corpus_dir]), BPE(300), cache)
+    assert time.monotonic() - began < 10
+    assert [p for p in (cache / "data").iterdir() if p.is_dir() and not p.is_symlink()] == [shards.folder]
+    assert open_shards(shards.folder).identity == shards.identity
+
+
+def test_scanning_twice_decides_the_same(corpus_dir):
+    corpus = Corpus("text", [corpus_dir])
+    plans = [scan(corpus), scan(corpus)]
+    assert plans[0] == plans[1]
+    assert DROPPED not in plans[0].places[0]
+    assert list(split_documents([corpus], plans[0])) == list(split_documents([corpus], plans[1]))
+    assert json.dumps([split for split, _ in split_documents([corpus], plans[0])]).count("1") > 1
