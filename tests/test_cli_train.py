@@ -289,7 +289,7 @@ def test_exit_codes_of_sweeps() -> None:
 def test_resume_takes_the_saved_configuration(runs, call: Call, tmp_path: Path, monkeypatch) -> None:
     assert call("model=d20", "optim.lr=0.5", "hydra.run.dir='a run=1'", "+mtp=on")[0] == 0
     folder = tmp_path / "a run=1"
-    saved, hydra_files = (folder / "config.yaml").read_text(), folders(folder / ".hydra")
+    saved, overrides = (folder / "config.yaml").read_text(), (folder / ".hydra" / "overrides.yaml").read_text()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "latest").symlink_to(folder)
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -303,7 +303,7 @@ def test_resume_takes_the_saved_configuration(runs, call: Call, tmp_path: Path, 
     assert second["model"]["dim"] == 256
     assert second["task_name"] == "d20"
     assert (folder / "config.yaml").read_text() == saved
-    assert folders(folder / ".hydra") == hydra_files
+    assert (folder / ".hydra" / "overrides.yaml").read_text() == overrides
     assert folders(tmp_path / "elsewhere") == []
 
 
