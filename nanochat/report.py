@@ -19,7 +19,7 @@ from rich.table import Table
 
 from nanochat.errors import UserError
 from nanochat.lightning.callbacks.files import atomic_write, shown
-from nanochat.lightning.callbacks.loss_plot import curve, draw
+from nanochat.lightning.callbacks.loss_plot import curve
 from nanochat.lightning.callbacks.metrics import read_rows
 from nanochat.lightning.callbacks.progress import duration
 
@@ -47,7 +47,6 @@ class Report:
     def finish(self, trainer: Trainer, module: torch.nn.Module) -> dict[str, float]:
         """Write summary.json, show the card, and return the final metrics."""
         self.parameters = sum(p.numel() for p in module.parameters())
-        draw(self.folder)
         metrics = self._metrics(trainer)
         self._summary("finished", trainer, metrics)
         self._card(trainer, metrics)

@@ -16,6 +16,7 @@ from lightning import LightningModule, Trainer
 from nanochat.errors import UserError
 from nanochat.lightning.callbacks.base import StepCallback, validation_due
 from nanochat.lightning.callbacks.files import atomic_write
+from nanochat.lightning.callbacks.guard import NonFiniteGuard
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ class Checkpoint(StepCallback):
 
     Args:
         every_n_train_steps: optimizer steps between two saves; saved too: before each validation, at the end, when a
-            signal comes, and on an exception between two steps.
+            signal comes, and on an exception between two steps. While steps are being dropped the save waits for a good
+            one.
         keep: how many `step=N.ckpt` stay; None keeps all.
 
     A file is written aside, synced and renamed: whatever kills the run, `last.ckpt` is whole. Weights that are not
@@ -46,6 +48,7 @@ class Checkpoint(StepCallback):
         self.every_n_train_steps, self.keep = every_n_train_steps, keep
         self._saved = 0
         self._boundary = True
+        self._due = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -58,13 +61,12 @@ class Checkpoint(StepCallback):
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         self._boundary = True
-        if (
-            step % self.every_n_train_steps == 0
-            or step >= trainer.max_steps >= 0
-            or trainer.should_stop
-            or validation_due(trainer)
-        ):
+        self._due = self._due or step % self.every_n_train_steps == 0 or validation_due(trainer)
+        # dropped steps may be the beginning of a divergence, and what is gone back to should lie before it
+        dropping = any(isinstance(c, NonFiniteGuard) and c.streak for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if step >= trainer.max_steps >= 0 or trainer.should_stop or (self._due and not dropping):
             self.save(trainer)
+            self._due = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)

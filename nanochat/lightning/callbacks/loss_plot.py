@@ -24,7 +24,8 @@ class LossPlot(Callback):
             draw(Path(trainer.default_root_dir))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        draw(Path(trainer.default_root_dir))
+        if not trainer.enable_validation:  # else the last validation is at the end, or is still to come
+            draw(Path(trainer.default_root_dir))
 
 
 def draw(folder: Path) -> None:
