@@ -21,14 +21,13 @@ from nanochat.inference.engine import Decoder, inference_copy
 from nanochat.lightning.module import model_config
 from nanochat.model import GPT
 from nanochat.model.checkpoint import Run, load_run
-from nanochat.run import settle
 
 PROMPT = 64  # tokens
 
 
 def random_run(preset: str, folder: Path) -> Run:
     """An untrained network of a preset's shape: sizes and speeds do not depend on what the weights say."""
-    config = model_config(settle(compose([f"model={preset}", "trainer.max_steps=1"])))
+    config = model_config(compose([f"model={preset}", "callbacks=none"]))
     config = dataclasses.replace(config, zero_init=False, streams=1)
     Byte().build().save(folder / "tokenizer.json")
     return Run(folder, folder / "none.ckpt", GPT(config, seed=0), config)
