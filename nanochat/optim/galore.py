@@ -196,7 +196,7 @@ class GaLoreMuon8bit(GaLore):
         check_muon(group, name, parameter)
 
     def init_inner(self, space: Tensor, group: Group, index: int) -> State:
-        variance = variance_state(space.shape, group, space.device)
+        variance = variance_state(space.shape, group, space.device, torch.bfloat16)
         return {**momentum8bit_state(space, group, index), **variance}
 
     def direction(self, projected: Tensor, state: State, group: Group) -> Tensor:

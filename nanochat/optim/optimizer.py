@@ -49,29 +49,32 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.skip_next or not self._quantized_gradients_are_finite():
+        if self.skip_next or not all(self.gradients_fit(group) for group in self.param_groups):
             self.skip_next = False
             self.skipped_steps += 1
             return loss
         for group in self.param_groups:
-            rule = self.rules[group["rule"]]
-            moved = [(i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
-            for i, parameter in moved:
-                if not self.state[parameter]:
-                    self.state[parameter] = rule.init(parameter, group, i)
-            parameters = [parameter for _, parameter in moved]
-            rule.step(group, parameters, [p.grad for p in parameters], [self.state[p] for p in parameters])
+            self.step_group(group)
         return loss
 
-    def _quantized_gradients_are_finite(self) -> bool:
-        sums = [
-            p.grad.sum(dtype=torch.float32)
-            for group in self.param_groups
-            if self.rules[group["rule"]].quantized
-            for p in group["params"]
-            if p.grad is not None
-        ]
+    def gradients_fit(self, group: Group) -> bool:
+        """Whether no gradient of the group would spoil a quantised state by NaN or Inf."""
+        if not self.rules[group["rule"]].quantized:
+            return True
+        # NaN and Inf survive a sum, which is one pass without a temporary
+        sums = [p.grad.sum(dtype=torch.float32) for p in group["params"] if p.grad is not None]
         return not sums or bool(torch.isfinite(torch.stack(sums)).all())
+
+    @torch.no_grad()
+    def step_group(self, group: Group) -> None:
+        """Move one group's parameters that have a gradient."""
+        rule = self.rules[group["rule"]]
+        moved = [(i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
+        for i, parameter in moved:
+            if not self.state[parameter]:
+                self.state[parameter] = rule.init(parameter, group, i)
+        parameters = [parameter for _, parameter in moved]
+        rule.step(group, parameters, [p.grad for p in parameters], [self.state[p] for p in parameters])
 
     def set_progress(self, step: int, max_steps: int, schedule: Callable[[int, int], float]) -> None:
         """Set every rate for a step, as functions of (step, max_steps) alone.
