@@ -107,7 +107,7 @@ class Tape:
         self._uses: dict[int, int] = {}
         self._gathered: dict[int, Tensor] = {}
         # the backward runs outside the block in which autocast was switched on
-        self._device = "cpu"
+        self._device, self._shape = "cpu", torch.Size()
         self._autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
 
     # ---- forward ------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class Tape:
 
     def input(self, x: Tensor) -> Rows:
         """A tensor of all tokens (B, T, ...) that the function reads."""
-        self._device = x.device.type
+        self._device, self._shape = x.device.type, x.shape[:2]
         self._autocast = (torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device))
         rows = self._rows(x.detach(), x.requires_grad)
         if x.requires_grad:
@@ -161,6 +161,9 @@ class Tape:
         keys = [self.weight(a) if type(a) is not Rows else a.key for a in _flatten(args) if isinstance(a, Tensor)]
         keys += [self.weight(a) for a in kwargs.values() if isinstance(a, Tensor)]
         wanted = any(map(self.wants, keys))
+        if any(o.shape[:2] != self._shape for o in outs):
+            name = getattr(func, "__name__", func)
+            raise TypeError(f"{name} mixes the tokens: the compact backward needs (B, T, ...) at every step.")
         results = [self._rows(o, wanted) for o in outs]
         if wanted:
             backward = (rule or RULES.get(func, _by_autograd))(self, func, args, kwargs, outs)
@@ -286,8 +289,6 @@ def _add(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], outs: An
 def _reshape(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], outs: Any) -> Callable[..., Gradients]:
     """Another shape of what each token has: needs no values."""
     x = args[0]
-    if outs[0].shape[:2] != x.value.shape[:2]:
-        return _by_autograd(tape, func, args, kwargs, outs)
     key, shape = x.key, x.value.shape[2:]
     return lambda tape, g: [(key, g.reshape(*g.shape[:2], *shape))]
 

@@ -304,10 +304,22 @@ def test_any_row_function_goes_through_torchs_own_backward():
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
 
 
+def test_what_mixes_the_tokens_is_refused():
+    x = torch.randn(2, 4, 3, requires_grad=True)
+    with pytest.raises(TypeError, match="flatten mixes the tokens"):
+        compact(lambda x: x.flatten(0, 1), KeptRows(), x)
+
+
 def test_constants_have_no_gradient():
     x = torch.randn(1, 4, 3, requires_grad=True)
+    gain = torch.randn(3, requires_grad=True)
     table = torch.randn(1, 4, 3)
-    out = compact(lambda x, t: x * t.cos() + x, KeptRows(torch.tensor([[1, 3]])), x, table)
+
+    def function(x, t):
+        return x * t.cos() + x + F.layer_norm(t, (3,), weight=gain)
+
+    out = compact(function, KeptRows(torch.tensor([[1, 3]])), x, table)
     out.sum().backward()
+    assert torch.allclose(gain.grad, F.layer_norm(table, (3,))[0, [1, 3]].sum(0), atol=1e-6)
     assert torch.allclose(x.grad[0, [1, 3]], table[0, [1, 3]].cos() + 1)
     assert not x.grad[0, [0, 2]].any()

@@ -203,16 +203,21 @@ def test_a_draw_is_uniform_over_the_subsets_of_the_valid():
     assert set(draw(valid, 5, generator(1)).tolist()) >= {0, 2, 3, 5}
 
 
-def test_draws_depend_on_seed_and_micro_batch_only():
-    gpt, objective = make("parallel", token_fraction=0.1)
-    data = batch()
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+def test_draws_depend_on_seed_and_micro_batch_only(kind):
+    gpt, objective = make(kind, token_fraction=0.1)
+    data = batch(8)
 
     def loss(**fields):
         torch.rand(3)  # the global generator does not matter
         return objective(step_of(gpt, *data, **fields)).item()
 
     assert loss(micro_step=4) == loss(micro_step=4, step=2, max_steps=9)
-    assert len({loss(micro_step=m) for m in range(6)}) > 3
+    losses = [loss(micro_step=m) for m in range(6)]
+    assert len(set(losses)) > 3
+    objective.seed += 1
+    assert losses != [loss(micro_step=m) for m in range(6)]
+    objective.seed -= 1
     state = torch.get_rng_state()
     MultiTokenPrediction(CONFIG, seed=3)
     loss_after = objective(step_of(gpt, *data, micro_step=4))
