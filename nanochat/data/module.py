@@ -218,6 +218,12 @@ class DataModule(lightning.LightningDataModule):
         return {} if shards is None else shards.header
 
     @property
+    def folder(self) -> str | None:
+        """Where the prepared data is; None for `synthetic`."""
+        shards = self._prepared()
+        return None if shards is None else str(shards.folder)
+
+    @property
     def train_tokens(self) -> int | None:
         """Tokens of the training split; None for `synthetic`, which has no end."""
         shards = self._prepared()

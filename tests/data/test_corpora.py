@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -133,7 +134,8 @@ def test_json_lines(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", ["gz", "zst"])
 def test_damaged_compression_is_skipped_from_there(tmp_path, ending):
-    lines = b"".join(json.dumps({"text": f"record {i} {os.urandom(9).hex()}"}).encode() + b"\n" for i in range(20000))
+    draw = random.Random(0)
+    lines = b"".join(json.dumps({"text": f"record {i} {draw.random()}"}).encode() + b"\n" for i in range(20000))
     pack = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}[ending]
     packed = bytearray(pack(lines))
     packed[len(packed) // 2 :] = b"\xff" * len(packed[len(packed) // 2 :])
@@ -145,6 +147,20 @@ def test_damaged_compression_is_skipped_from_there(tmp_path, ending):
     assert found[-1] == "c.jsonl:1"
     assert 1000 < len(found) < 20000
     assert any(name.startswith("b.jsonl") for name in skipped.named)
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_cut_and_joined_compressed_files(tmp_path, ending):
+    pack = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}[ending]
+    frames = [pack(f'{{"text": "record {i}"}}\n'.encode()) for i in range(3)]
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(b"".join(frames))
+    assert len(names(JsonLines("jsonl", [path]))) == 3
+    for cut in range(1, len(frames[2])):
+        path.write_bytes(b"".join(frames)[:-cut])
+        skipped = Skipped()
+        assert len(names(JsonLines("jsonl", [path]), skipped)) >= 2
+        assert skipped.count == 1
 
 
 def test_a_line_without_end(tmp_path, monkeypatch):

@@ -300,3 +300,20 @@ def test_every_option_composes_and_is_possible(option, tokenizer, tmp_path):
     cfg = compose([f"data={option}", f"tokenizer={tokenizer}", "callbacks=none", *paths])
     assert cfg["data"]["corpus"] == option
     assert isinstance(instantiate(cfg["data"], tokenizer=instantiate(cfg["tokenizer"])), DataModule)
+
+
+def test_the_command_line_prepares_and_describes(corpus_dir, cache, capsys):
+    from nanochat.data.cli import main
+
+    (corpus_dir / "latin.txt").write_bytes(b"\xe4")
+    words = ["data=text", f"data.paths=[{corpus_dir}]", f"data.cache_dir={cache}", "tokenizer=byte", "callbacks=none"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("text: ")
+    assert "gzip -9 " in said
+    assert "skipped latin.txt: not UTF-8" in said
+    assert main([*words, "--json"]) == 0
+    header = json.loads(capsys.readouterr().out)
+    assert header["splits"]["train"]["tokens"] > 1000
+    assert os.path.isfile(os.path.join(header["folder"], "train.bin"))
+    assert main(["data=synthetic", "callbacks=none"]) == 0

@@ -204,6 +204,11 @@ def test_gpt2_without_its_files(tmp_path, monkeypatch):
         (tmp_path / name).write_text(content, errors="surrogateescape")
         with pytest.raises(UserError, match="no list of GPT-2"):
             GPT2(str(tmp_path / name)).build()
+    # a token that no merges before it make
+    single = "".join(f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
+    (tmp_path / "gpt2.tiktoken").write_text(single + base64.b64encode(b"abc").decode() + " 256\n")
+    with pytest.raises(UserError, match="no list of GPT-2"):
+        GPT2(str(tmp_path / "gpt2.tiktoken")).build()
     BPE_TOKENIZER.save(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="not GPT-2's: it has 320 tokens"):
         GPT2(str(tmp_path)).build()
