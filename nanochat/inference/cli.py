@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from nanochat.errors import UserError
 from nanochat.inference.engine import encode_prompt, generate_tokens, inference_copy
 from nanochat.inference.sampling import Sampling
+from nanochat.inference.speculative import Speculator, heads_of
 from nanochat.model.checkpoint import load_run
 
 
@@ -68,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--top-p", type=float, default=0.95, help="draw from the most likely tokens up to p (0.95)")
     options.add_argument("--seed", type=int, help="repeat a result (default: a new one each time)")
     options.add_argument("--count", type=int, default=1, help="continuations (1)")
+    options.add_argument(
+        "--speculative", action="store_true", help="draft with the heads of +mtp=on, verify with the network"
+    )
     options.add_argument("--checkpoint", default="last", metavar="STEP", help="last, or a step that was kept")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     return options
@@ -96,19 +100,25 @@ def main(argv: Sequence[str]) -> int:
         note = f"note: the prompt has {len(ids)} tokens; the model sees the last {run.config.seq_len}."
         print(note, file=sys.stderr)
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    gpt, speculator = inference_copy(run.gpt), None
+    if options.speculative:
+        speculator = Speculator(gpt, heads_of(run), tokenizer.vocab_size)
+        items = _one_by_one(speculator, ids, options, sampling, seed, tokenizer.eot_id)
+    else:
+        items = generate_tokens(
+            gpt,
+            [ids] * options.count,
+            options.max_tokens,
+            sampling,
+            seed=seed,
+            stop_id=tokenizer.eot_id,
+            vocab_limit=tokenizer.vocab_size,
+        )
     streams = [TextStream(tokenizer.decode) for _ in range(options.count)]
     texts = [""] * options.count
     if options.count == 1:
         _show(prompt)
-    for item in generate_tokens(
-        inference_copy(run.gpt),
-        [ids] * options.count,
-        options.max_tokens,
-        sampling,
-        seed=seed,
-        stop_id=tokenizer.eot_id,
-        vocab_limit=tokenizer.vocab_size,
-    ):
+    for item in items:
         for index, token in enumerate(item):
             text = "" if token is None else streams[index].push(token)
             texts[index] += text
@@ -116,11 +126,27 @@ def main(argv: Sequence[str]) -> int:
                 _show(text)
     if options.count == 1:
         _show(streams[0].finish() + "\n")
-        return 0
-    for index, text in enumerate(texts):
-        _show(f"--- {index + 1} of {options.count} (seed {seed + index}) ---\n")
-        _show(f"{prompt}{text}{streams[index].finish()}\n")
+    else:
+        for index, text in enumerate(texts):
+            _show(f"--- {index + 1} of {options.count} (seed {seed + index}) ---\n")
+            _show(f"{prompt}{text}{streams[index].finish()}\n")
+    if speculator is not None:
+        print(speculator.statistics, file=sys.stderr)
     return 0
+
+
+def _one_by_one(
+    speculator: Speculator,
+    ids: list[int],
+    options: argparse.Namespace,
+    sampling: Sampling,
+    seed: int,
+    stop_id: int,
+) -> Iterator[list[int | None]]:
+    """The continuations one after the other, in the form of `generate_tokens`."""
+    for index in range(options.count):
+        for token in speculator.generate(ids, options.max_tokens, sampling, seed=seed + index, stop_id=stop_id):
+            yield [token if row == index else None for row in range(options.count)]
 
 
 def _show(text: str) -> None:
