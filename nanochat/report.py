@@ -76,7 +76,7 @@ class Report:
             if name.startswith("val/"):
                 metrics[name] = float(value)
         if trainer.optimizers and hasattr(trainer.optimizers[0], "state_bytes"):
-            metrics["optim/bytes"] = trainer.optimizers[0].state_bytes()
+            metrics["optim/bytes"] = trainer.optimizers[0].state_bytes()  # type: ignore[attr-defined]
             metrics["skipped_steps"] = trainer.optimizers[0].skipped_steps  # type: ignore[attr-defined]
         return metrics
 

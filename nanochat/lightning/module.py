@@ -113,7 +113,7 @@ class NanoChatModule(lightning.LightningModule):
         def schedule(step: int, max_steps: int) -> float:
             return self.rate_scale * self.schedule(step, max_steps)
 
-        optimizer.set_progress(done, self.max_steps, schedule)
+        optimizer.set_progress(done, self.max_steps, schedule)  # type: ignore[attr-defined]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.step_metrics = {name: (total / self._micro_batches).item() for name, total in self._sums.items()}
         if self._gradient_norm is not None:

@@ -151,7 +151,8 @@ class Collider(Callback):
     def _load_reference(self, trainer: Trainer, module: LightningModule) -> GPT:
         run = load_run(self.reference_path, device=module.device)  # type: ignore[arg-type]
         ours = trainer.datamodule.tokenizer.token_bytes()  # type: ignore[attr-defined]
-        if ours is not None and not np.array_equal(ours, run.tokenizer.token_bytes()):
+        theirs = run.tokenizer.token_bytes()
+        if ours is not None and (theirs is None or not np.array_equal(ours, theirs)):
             raise UserError(
                 f"collider.reference={self.reference_path} has another tokenizer than this run: its losses are "
                 "not of the same tokens."

@@ -142,9 +142,7 @@ def reference_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_logits_against_float64_loops(switches):
-    config = GPTConfig(
-        **{**SMALL, "zero_init": False, "activation_scale": "none", "embedding_std": 0.5, **switches}
-    )
+    config = GPTConfig(**{**SMALL, "zero_init": False, "activation_scale": "none", "embedding_std": 0.5, **switches})
     model = GPT(config, seed=3)
     with torch.no_grad():  # gains that are not all alike
         for p in model.parameters():

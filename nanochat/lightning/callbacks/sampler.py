@@ -10,6 +10,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 
 from nanochat.errors import UserError
 from nanochat.inference import Sampling, generate_text
+from nanochat.model import GPT
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ class TextSampler(Callback):
             return
         prompts = self._prompts(data)
         try:
-            texts = generate_text(pl_module.gpt, data.tokenizer, prompts, self.max_tokens, self.sampling, self.seed)
+            gpt: GPT = pl_module.gpt  # type: ignore[assignment]
+            texts = generate_text(gpt, data.tokenizer, prompts, self.max_tokens, self.sampling, self.seed)
         except UserError as error:
             log.warning("No sample at step %d: %s", trainer.global_step, error)
             return
@@ -69,7 +71,7 @@ class TextSampler(Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "log_text"):
                 rows = [[trainer.global_step, p, t] for p, t in zip(prompts, texts, strict=True)]
-                logger.log_text("samples", columns=["step", "prompt", "text"], data=rows)
+                logger.log_text("samples", columns=["step", "prompt", "text"], data=rows)  # type: ignore[attr-defined]
 
     def _prompts(self, data: LightningDataModule) -> list[str]:
         if self.prompts is not None:
