@@ -11,7 +11,9 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+from nanochat.config import compose
 from nanochat.data import DataModule
+from nanochat.data.cli import main
 from nanochat.data.dataset import IGNORED
 from nanochat.data.tokenizer import BPE, Byte
 from nanochat.errors import ConfigError, UserError
@@ -291,11 +293,11 @@ def test_instantiated_as_a_run_does(corpus_dir, cache):
     assert np.array_equal(again._shards.train.tokens, data._shards.train.tokens)
 
 
-@pytest.mark.parametrize("option", ["stdlib", "text", "code", "jsonl", "synthetic"])
-@pytest.mark.parametrize("tokenizer", ["bpe", "byte", "gpt2"])
+@pytest.mark.parametrize(
+    ("option", "tokenizer"),
+    [("stdlib", "byte"), ("text", "gpt2"), ("code", "bpe"), ("jsonl", "byte"), ("synthetic", "bpe")],
+)
 def test_every_option_composes_and_is_possible(option, tokenizer, tmp_path):
-    from nanochat.config import compose
-
     paths = [] if option in ("stdlib", "synthetic") else [f"data.paths=[{tmp_path}]"]
     cfg = compose([f"data={option}", f"tokenizer={tokenizer}", "callbacks=none", *paths])
     assert cfg["data"]["corpus"] == option
@@ -303,8 +305,6 @@ def test_every_option_composes_and_is_possible(option, tokenizer, tmp_path):
 
 
 def test_the_command_line_prepares_and_describes(corpus_dir, cache, capsys):
-    from nanochat.data.cli import main
-
     (corpus_dir / "latin.txt").write_bytes(b"\xe4")
     words = ["data=text", f"data.paths=[{corpus_dir}]", f"data.cache_dir={cache}", "tokenizer=byte", "callbacks=none"]
     assert main(words) == 0

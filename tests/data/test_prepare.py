@@ -195,26 +195,28 @@ def test_identity_is_of_the_content_alone(corpus_dir, cache):
     assert prepare(Corpus("text", [corpus_dir]), Byte(), cache).identity != before.identity
 
 
-def test_a_corpus_that_changes_while_it_is_read(corpus_dir, cache, monkeypatch):
+def test_a_corpus_that_changes_while_it_is_read(corpus_dir, cache):
     class Growing(Corpus):
         reads = 0
 
         def documents(self, skipped=None):
-            yield from super().documents(skipped)
             self.reads += 1
-            if self.reads > self.grows_at:
-                yield Document("late.txt", "late text")
+            documents = list(super().documents(skipped))
+            yield from documents if self.reads == 1 else [*documents, Document("late.txt", "late text")]
+
+    class Shrinking(Growing):
+        def documents(self, skipped=None):
+            documents = list(super().documents(skipped))
+            yield from documents if self.reads == 1 else documents[:-2]
 
     class Touched(Corpus):
         def documents(self, skipped=None):
             yield from super().documents(skipped)
             os.utime(corpus_dir / "part0" / "file0.txt")
 
-    growing = Growing("text", [corpus_dir])
-    growing.grows_at = 1
-    for corpus in (growing, Touched("text", [corpus_dir])):
+    for kind in (Growing, Shrinking, Touched):
         with pytest.raises(UserError, match="changed while it was read"):
-            prepare(corpus, Byte(), cache)
+            prepare(kind("text", [corpus_dir]), Byte(), cache)
     assert not [path for path in (cache / "data").iterdir() if path.suffix != ".lock"]
 
 
@@ -246,27 +248,30 @@ def test_a_linked_folder_that_was_deleted_is_built_again(corpus_dir, cache):
 
 SCRIPT = """
 import logging, sys, time
+from pathlib import Path
 from nanochat.data import prepare as module
 from nanochat.data.corpora import Corpus
 from nanochat.data.tokenizer import BPE
 logging.basicConfig(format="%(message)s")
-encode, before, after = module._encode, float(sys.argv[3]), float(sys.argv[4])
+encode = module._encode
+def pause(name):
+    print(name, flush=True)
+    while name in sys.argv[3:] and not Path(sys.argv[2], name).exists():
+        time.sleep(0.01)
 def slowly(*args):
-    print("building", flush=True)
-    time.sleep(before)
+    pause("before")
     counts = encode(*args)
-    print("encoded", flush=True)
-    time.sleep(after)
+    pause("after")
     return counts
 module._encode = slowly
 print("identity", module.prepare(Corpus("text", [sys.argv[1]]), BPE(300), sys.argv[2]).identity, flush=True)
 """
 
 
-def start(corpus_dir: Path, cache: Path, before: float = 0, after: float = 0) -> subprocess.Popen:
-    """A process that prepares, and sleeps before and after it encodes."""
+def start(corpus_dir: Path, cache: Path, *stops: str) -> subprocess.Popen:
+    """A process that prepares, and stops before or after it encodes until there is a file of that name."""
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(corpus_dir), str(cache), str(before), str(after)],
+        [sys.executable, "-c", SCRIPT, str(corpus_dir), str(cache), *stops],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -274,24 +279,26 @@ def start(corpus_dir: Path, cache: Path, before: float = 0, after: float = 0) ->
 
 
 def test_two_processes_at_once_build_once(corpus_dir, cache):
-    first = start(corpus_dir, cache, 0.8)
+    first = start(corpus_dir, cache, "after")
     assert first.stdout is not None
-    assert first.stdout.readline() == "building\n"
+    assert [first.stdout.readline() for _ in range(2)] == ["before\n", "after\n"]
     second = start(corpus_dir, cache)
+    assert second.stderr is not None
+    assert "waiting for it" in second.stderr.readline()
+    (cache / "after").touch()
     (out1, err1), (out2, err2) = first.communicate(timeout=60), second.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (0, 0), err1 + err2
-    assert out1.startswith("encoded\nidentity ")
-    assert out2 == out1.removeprefix("encoded\n")
-    assert "waiting for it" in err2
+    assert out1.startswith("identity ")
+    assert out2 == out1
     assert len([p for p in (cache / "data").iterdir() if p.is_dir() and not p.is_symlink()]) == 1
 
 
-@pytest.mark.parametrize("sleeps", [(30, 0), (0, 30)], ids=["before encoding", "before the header"])
-def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(corpus_dir, cache, sleeps):
-    process = start(corpus_dir, cache, *sleeps)
+@pytest.mark.parametrize("stop", ["before", "after"])
+def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(corpus_dir, cache, stop):
+    process = start(corpus_dir, cache, stop)
     assert process.stdout is not None
-    assert process.stdout.readline() == "building\n"
-    assert not sleeps[1] or process.stdout.readline() == "encoded\n"
+    while (line := process.stdout.readline()) != f"{stop}\n":
+        assert line, "the process ended"
     process.send_signal(signal.SIGKILL)
     process.wait()
     (aside,) = [p for p in (cache / "data").iterdir() if p.is_dir()]
