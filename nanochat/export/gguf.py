@@ -265,7 +265,9 @@ def export_gguf(
     parameters = sum(parameter.numel() for parameter in run.gpt.parameters())
     notes = _notes(run.config, arch, kind, embedding_type)
     if heads:
-        notes.append(f"{heads} head{'s' * (heads > 1)} of multi-token prediction inside, for speculative decoding")
+        parameters += sum(tensor.numel() for name, tensor in run.objectives.items() if name.startswith("mtp."))
+        advice = "" if arch == OWN else " (--no-mtp leaves them out, for programs that do not know hy_v3)"
+        notes.append(f"{heads} head{'s' * (heads > 1)} of multi-token prediction to draft with{advice}")
     if dropped:
         notes.append(f"the heads of multi-token prediction are left out: {arch} in llama.cpp has no place for them")
     return Report(path, arch, kind, path.stat().st_size, 2 * parameters, notes)

@@ -133,7 +133,7 @@ def our_heads(run, tokens):
 def test_llama_cpp_computes_the_trunk_and_every_head(run, llama, corpus, tmp_path):
     report = export_gguf(run, tmp_path / "model.gguf", "f32")
     assert report.architecture == "hy_v3"
-    assert any("2 heads of multi-token prediction" in note for note in report.notes)
+    assert any("2 heads of multi-token prediction to draft with" in note for note in report.notes)
     tokens = corpus[-LENGTH:]
     trunk, *heads = our_heads(run, tokens)
     with LlamaModel(report.path, context=256) as model:
