@@ -254,7 +254,10 @@ class GPT2:
             tokenizer = Tokenizer.load(path)
         else:
             vocabulary, merges = gpt2.read(path)
-            inner = _byte_level(models.BPE(vocab=vocabulary, merges=merges))
+            try:
+                inner = _byte_level(models.BPE(vocab=vocabulary, merges=merges))
+            except Exception as error:  # the library raises bare Exceptions
+                raise UserError(f"tokenizer.path={path} is no list of GPT-2's merges or tokens: {error}.") from error
             inner.add_special_tokens([EOT])
             tokenizer = Tokenizer(inner, "gpt2")
         if tokenizer.vocab_size != gpt2.VOCAB_SIZE or tokenizer.eot_id != gpt2.VOCAB_SIZE - 1:

@@ -204,6 +204,9 @@ def test_gpt2_without_its_files(tmp_path, monkeypatch):
         (tmp_path / name).write_text(content, errors="surrogateescape")
         with pytest.raises(UserError, match="no list of GPT-2"):
             GPT2(str(tmp_path / name)).build()
+    (tmp_path / "merges.txt").write_text("foo bar\n")
+    with pytest.raises(UserError, match="no list of GPT-2"):
+        GPT2(str(tmp_path / "merges.txt")).build()
     # a token that no merges before it make
     single = "".join(f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
     (tmp_path / "gpt2.tiktoken").write_text(single + base64.b64encode(b"abc").decode() + " 256\n")
