@@ -16,7 +16,7 @@ from nanochat.optim.galore import GaLore, GaLore8bit, GaLoreMuon8bit
 from nanochat.optim.lion import Lion, Lion8bit
 from nanochat.optim.muon import Muon, Muon8bit
 from nanochat.optim.optimizer import Optimizer
-from nanochat.optim.rule import Group, Rule, check_options, number
+from nanochat.optim.rule import Group, Rule, check_option, check_options, number
 from nanochat.optim.schedule import WEIGHT_DECAY_SCHEDULES
 
 _ALL = (AdamW, AdamW8bit, Lion, Lion8bit, Muon, Muon8bit, GaLore, GaLore8bit, GaLoreMuon8bit, Apollo)
@@ -111,7 +111,7 @@ def build(
         "scale": scale,
         "norm_growth_limit": norm_growth_limit,
     }
-    shared = {k: v for k, v in shared.items() if v is not None}
+    shared = {k: check_option(k, v, f"optim.{k}={v!r}") for k, v in shared.items() if v is not None}
     number(weight_decay, f"optim.weight_decay={weight_decay!r}")
     if weight_decay_schedule not in WEIGHT_DECAY_SCHEDULES:
         raise UserError(

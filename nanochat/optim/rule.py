@@ -52,7 +52,7 @@ def check_options(rule: Rule, options: Mapping[str, Any], where: str) -> dict[st
         known = ", ".join(sorted(rule.options)) or "none"
         raise UserError(f"{where}: rule {rule.name} has no option {unknown[0]!r}; its options are {known}.")
     values = {**rule.options, **{k: v for k, v in options.items() if v is not None}}
-    return {name: _check_option(name, value, f"{where}.{name}={value!r}") for name, value in values.items()}
+    return {name: check_option(name, value, f"{where}.{name}={value!r}") for name, value in values.items()}
 
 
 def number(value: Any, what: str, low: float = 0.0, high: float = math.inf, *, open_end: bool = False) -> float:
@@ -132,5 +132,6 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
-def _check_option(name: str, value: Any, what: str) -> Any:
+def check_option(name: str, value: Any, what: str) -> Any:
+    """A value of the option `name`, converted to plain types; raises `UserError` naming `what`."""
     return None if value is None else _CHECKS[name](value, what)
