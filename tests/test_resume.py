@@ -162,7 +162,7 @@ MOMENT = random.Random().randrange(2 * ACCUMULATED + 1, STEPS * ACCUMULATED + 1)
 @pytest.mark.parametrize(
     ("death", "micro_step", "code", "step"),
     [
-        pytest.param("SIGKILL", MOMENT, -signal.SIGKILL, None, id=f"SIGKILL at micro-step {MOMENT}"),
+        pytest.param("SIGKILL", MOMENT, -signal.SIGKILL, None, id="SIGKILL at a random micro-step"),
         ("validation", 0, -signal.SIGKILL, 6),
         ("save", 0, -signal.SIGKILL, 2),
         ("SIGTERM", 4 * ACCUMULATED + 2, 143, 5),
