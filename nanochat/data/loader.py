@@ -62,7 +62,8 @@ class _Iterator:
         began = time.perf_counter()
         if self._next < 0:
             self._next = self._loader.start()
-        if self._pid != os.getpid():  # a fork has no thread, but batches are functions of their number
+        # a fork has no thread and may have inherited locks in use, but batches are functions of their number
+        if self._pid != os.getpid():
             batch: Batch | BaseException = self._loader.batches.batch(self._next)
         else:
             if self._finalizer is None:
@@ -73,7 +74,8 @@ class _Iterator:
             self.close()
             self._ready.put(batch)  # whoever asks again gets the same answer
             raise batch
-        self._free.release()
+        if self._pid == os.getpid():
+            self._free.release()
         self._next += 1
         return batch
 

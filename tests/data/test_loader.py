@@ -124,8 +124,10 @@ def test_a_fork_goes_on_by_itself():
     iterator = iter(PrefetchLoader(Counted(), depth=2))
     assert numbers(iterator, 3) == [0, 1, 2]
     read, write = os.pipe()
-    child = os.fork()
+    with iterator._free._cond:  # as if the thread were just using it: in the fork it stays locked for ever
+        child = os.fork()
     if child == 0:
+        iterator._free._cond.acquire()
         os.write(write, repr(numbers(iterator, 6)).encode())
         iterator.close()
         os._exit(0)
