@@ -65,7 +65,10 @@ def exit_code(jobs: Sequence[Job]) -> int:
 
 
 def report(jobs: Sequence[Job], folder: Path) -> None:
-    """Print the table and write it as sweep.csv into the sweep's folder, best val/bpb first."""
+    """Print the table and write it as sweep.csv into the sweep's folder, best val/bpb first.
+
+    `outputs/latest` then points at the best job.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -77,6 +80,10 @@ def report(jobs: Sequence[Job], folder: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    if not rows[0]["error"] and rows[0]["val/bpb"] != "":
+        from nanochat.lightning.callbacks.checkpoint import point_latest
+
+        point_latest(Path(rows[0]["folder"]))
     common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
     told = {job.number: " ".join(o for o in job.overrides if o not in common) for job in jobs}
     table = Table()

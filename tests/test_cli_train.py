@@ -212,6 +212,7 @@ def test_a_sweep_ends_with_a_table(runs, call: Call, tmp_path: Path) -> None:
     assert [(cfg.seed, cfg.trainer.max_steps) for cfg in runs] == [(2, 5), (1, 5), (2, 5), (1, 5)]
     [folder] = tmp_path.glob("outputs/*/*-sweep")
     rows = list(csv.DictReader((folder / "sweep.csv").open()))
+    assert (tmp_path / "outputs" / "latest").resolve() == Path(rows[0]["folder"]).resolve()
     assert [row["job"] for row in rows] == ["1", "3", "0", "2"]  # best first
     assert [float(row["val/bpb"]) for row in rows] == [2.0, 2.0, 3.0, 3.0]
     assert rows[0]["overrides"] == "trainer.max_steps=5 optim=adamw seed=1"
