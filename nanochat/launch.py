@@ -30,7 +30,16 @@ from nanochat.errors import UserError
 from nanochat.hydra_errors import explain, refuse
 from nanochat.messages import print_error
 
-LEAVINGS = {".hydra", "train.log", "config.yaml", "model.json", "tokenizer.json", "multirun.yaml", "summary.json", "wandb"}
+LEAVINGS = {
+    ".hydra",
+    "train.log",
+    "config.yaml",
+    "model.json",
+    "tokenizer.json",
+    "multirun.yaml",
+    "summary.json",
+    "wandb",
+}
 """what a run or sweep that never got as far as training may have written"""
 
 
