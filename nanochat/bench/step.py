@@ -41,14 +41,21 @@ class RandomTokens(LightningDataModule):
 def build(preset: str, optim: str, overrides: list[str]) -> NanoChatModule:
     """The module of a preset as a user starts it, on the device that `auto` takes."""
     cfg = settle(compose([f"model={preset}", f"optim={optim}", "trainer.max_steps=1000", *overrides]))
-    module = NanoChatModule(cfg)
-    return module.to("cuda" if cfg["trainer"]["accelerator"] in ("cuda", "gpu") else "cpu")
+    module = NanoChatModule(cfg).to("cuda" if cfg["trainer"]["accelerator"] in ("cuda", "gpu") else "cpu")
+    module.configure_model()
+    return module
+
+
+def precision(module: NanoChatModule) -> torch.autocast:
+    """The precision in which the Trainer would run the forward pass."""
+    return torch.autocast(module.device.type, torch.bfloat16, enabled="bf16" in module.cfg["trainer"]["precision"])
 
 
 def loss_of(module: NanoChatModule, batch: dict[str, Tensor]) -> Tensor:
     """Forward through the network and the head, as a training step does."""
-    hidden = module.gpt.hidden(batch["tokens"])
-    return linear_cross_entropy(hidden, module.gpt.head_weight(), batch["targets"]).loss
+    with precision(module):
+        hidden = module.gpt.hidden(batch["tokens"])
+        return linear_cross_entropy(hidden, module.gpt.head_weight(), batch["targets"]).loss
 
 
 def optimizer_step(module: NanoChatModule, optimizer: torch.optim.Optimizer) -> None:
@@ -74,19 +81,23 @@ def parts(module: NanoChatModule, batch: dict[str, Tensor]) -> dict[str, Callabl
     cos, sin = gpt.cos[: shape[1]], gpt.sin[: shape[1]]
     block = gpt.blocks[0]
 
+    def forward_backward(part: Callable[[], Tensor], times: int = 1) -> None:
+        for _ in range(times):
+            with precision(module):
+                y = part()
+            y.backward(upstream.to(y.dtype) if y.ndim else None)
+
     def embedding() -> None:
-        gpt.embed(tokens).backward(upstream)
+        forward_backward(lambda: gpt.embed(tokens))
 
     def attention() -> None:
-        for _ in gpt.blocks:
-            block.attention(x, cos, sin).backward(upstream)  # type: ignore[operator]
+        forward_backward(lambda: block.attention(x, cos, sin), len(gpt.blocks))  # type: ignore[operator]
 
     def feedforward() -> None:
-        for _ in gpt.blocks:
-            block.feedforward(x).backward(upstream)  # type: ignore[operator]
+        forward_backward(lambda: block.feedforward(x), len(gpt.blocks))  # type: ignore[operator]
 
     def head() -> None:
-        linear_cross_entropy(gpt.norm(x), gpt.head_weight(), batch["targets"]).loss.backward()
+        forward_backward(lambda: linear_cross_entropy(gpt.norm(x), gpt.head_weight(), batch["targets"]).loss)
 
     return {"embedding": embedding, "attention": attention, "feed-forward": feedforward, "head + loss": head}
 
