@@ -17,6 +17,7 @@ from torch import Tensor
 IGNORED = -100
 CPU_CHUNK = 256  # tokens; measured: 128 and 512 are slower
 CPU_COLUMN_MAJOR = 16384  # words from which the product runs faster when its result is laid out (V, C)
+KEEP_BLOCK = 2**20  # logits that are moved at a time when a chunk is packed
 CUDA_CHUNK_LOGITS = 2**26  # logits of a chunk, 256 MB in float32
 
 Selector = Callable[[Tensor], Tensor]
@@ -149,9 +150,21 @@ def _logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     return torch.mm(x, weight.t(), out=memory.view(rows, vocabulary))
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index], along the memory of an x that lies by columns (eight times as fast there)."""
-    return x[index] if x.is_contiguous() else x.t().index_select(1, index).t()
+def _keep_in_place(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], index sorted and without repeats, packed into the front of x's own memory.
+
+    A copy as large as most of the chunk costs more to allocate than to write. Rows move towards the front only, so a
+    block that is read whole before it is written overwrites nothing that is still to be read.
+    """
+    by_rows = x.is_contiguous()
+    source = x if by_rows else x.t()  # (C, V) or (V, C), in memory order
+    shape = (len(index), x.shape[1]) if by_rows else (x.shape[1], len(index))
+    packed = source.flatten()[: shape[0] * shape[1]].view(shape)
+    step = max(1, KEEP_BLOCK // source.shape[1])
+    for start in range(0, shape[0], step):
+        rows = slice(start, start + step)
+        packed[rows] = source[index[rows]] if by_rows else source[rows].index_select(1, index)
+    return packed if by_rows else packed.t()
 
 
 def _select(chunk: _Chunk, options: _Options) -> tuple[Tensor, Tensor]:
@@ -192,10 +205,11 @@ class _Chunk:
 
     def keep(self, index: Tensor) -> None:
         """Go on with these rows only."""
-        for name in ("valid", "target", "sum", "lse", "exp", "losses"):
-            setattr(self, name, _rows(getattr(self, name), index))
+        for name in ("valid", "target", "sum", "lse", "losses"):
+            setattr(self, name, getattr(self, name)[index])
+        self.exp = _keep_in_place(self.exp, index)
         if self.options.softcap:
-            self.slope = _rows(self.slope, index)
+            self.slope = _keep_in_place(self.slope, index)
 
     def gradient(self) -> Tensor:
         """(C, V): d sum(losses) / d logits; consumes the chunk."""

@@ -1,5 +1,6 @@
 """The chunked head and loss against a dense float64 one, and its promises: memory, autocast, one backward."""
 
+import sys
 import weakref
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import nanochat.objectives.linear_cross_entropy  # noqa: F401
 from nanochat.objectives import IGNORED, linear_cross_entropy
+
+# the package gives the function under the module's name
+loss_module = sys.modules["nanochat.objectives.linear_cross_entropy"]
 
 OPTIONS = [
     {},
@@ -98,6 +103,32 @@ def test_selector_is_the_dense_masked_loss(options, chunk):
     dropped = torch.ones_like(targets, dtype=torch.bool).scatter_(1, expected_kept, False)
     assert not hidden.grad[dropped].any()
     assert (selector.scores[-1, targets[-1] == IGNORED] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("block", [1, 40, 10**6])
+def test_rows_are_packed_in_place(by_columns, block, monkeypatch):
+    monkeypatch.setattr(loss_module, "KEEP_BLOCK", block)
+    x = torch.arange(12.0 * 7).view(12, 7)
+    x = x.t().contiguous().t() if by_columns else x
+    index = torch.tensor([0, 1, 3, 4, 8, 11])
+    expected = x[index]
+    packed = loss_module._keep_in_place(x, index)
+    assert torch.equal(packed, expected)
+    assert packed.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_selector_with_either_layout_of_the_logits(by_columns, monkeypatch):
+    monkeypatch.setattr(loss_module, "CPU_COLUMN_MAJOR", 1 if by_columns else 10**9)
+    monkeypatch.setattr(loss_module, "KEEP_BLOCK", 40)
+    hidden, weight, targets = inputs()
+    result = linear_cross_entropy(hidden, weight, targets, selector=TopLoss(5), softcap=3.0)
+    result.loss.backward()
+    loss, _, grad_hidden, grad_weight = dense(hidden, weight, targets, result.kept, softcap=3.0)
+    assert relative(result.loss.detach(), loss) <= 1e-5
+    assert relative(hidden.grad, grad_hidden) <= 1e-5
+    assert relative(weight.grad, grad_weight) <= 1e-5
 
 
 def test_kept_but_ignored_targets_do_not_count():

@@ -1,0 +1,36 @@
+"""Does token filtering pay? `python experiments/2026-11-23-collider/study.py --out outputs/collider-study`"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from paired import compare, parser, train
+
+SPARSITIES = (0.2, 0.4, 0.5)
+# half of the control's steps at least are spent filtering
+WARM_UP = "collider.warmup_steps=50"
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES)
+    options.add_argument("--scores", nargs="+", default=["loss", "excess", "random"])
+    given = options.parse_args()
+    arms: dict[str, list[str]] = {"off": []}
+    if "excess" in given.scores:
+        # the reference: the same model on the same text, another seed, the same number of steps
+        train([*given.base, "seed=1000"], given.out / "reference", given.steps)
+    for score in given.scores:
+        extra = [f"collider.score={score}"]
+        if score == "excess":
+            reference = (given.out / "reference").resolve()
+            extra += [f"collider.reference={reference}", f"collider.cache={(given.out / 'scores').resolve()}"]
+        for sparsity in given.sparsity:
+            arms[f"{score}-{sparsity:g}"] = ["+collider=on", f"collider.sparsity={sparsity:g}", WARM_UP, *extra]
+    compare(given, arms, "off")
+
+
+if __name__ == "__main__":
+    main()

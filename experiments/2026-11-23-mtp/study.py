@@ -1,0 +1,67 @@
+"""Does multi-token prediction pay? `python experiments/2026-11-23-mtp/study.py --out outputs/mtp-study`"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from paired import Result, compare, parser
+
+from nanochat.inference import Sampling, generate_tokens, inference_copy
+from nanochat.inference.speculative import Speculator, heads_of
+from nanochat.model.checkpoint import load_run
+from nanochat.run import build_data
+
+ARMS = {
+    "off": [],
+    "sequential": ["+mtp=on", "mtp.kind=sequential", "mtp.tokens=1"],
+    "weights-only": ["+mtp=on", "mtp.kind=weights-only", "mtp.tokens=2"],
+    "parallel": ["+mtp=on", "mtp.kind=parallel", "mtp.tokens=3"],
+}
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 96
+
+
+def validation_prompts(result: Result) -> list[list[int]]:
+    """Beginnings of validation sequences."""
+    data = build_data(OmegaConf.to_container(OmegaConf.load(result.folder / "config.yaml")))
+    data.prepare_data()
+    data.setup("validate")
+    prompts: list[list[int]] = []
+    for batch in data.val_dataloader():
+        prompts += [row[:PROMPT_TOKENS].tolist() for row in batch["tokens"]]
+        if len(prompts) >= PROMPTS:
+            break
+    return prompts[:PROMPTS]
+
+
+def drafting(results: list[Result]) -> None:
+    """Acceptance, trunk passes and speed of speculative against plain decoding, greedy and sampled."""
+    torch.set_num_threads(1)
+    print("\n| seed | sampling | acceptance | tokens a pass | tokens/s, plain | tokens/s, speculative |")
+    print("|---|---|---|---|---|---|")
+    for seed, result in enumerate(results):
+        run = load_run(result.folder)
+        gpt, prompts = inference_copy(run.gpt), validation_prompts(result)
+        for name, sampling in (("greedy", Sampling(0.0)), ("temperature 0.8", Sampling(0.8))):
+            speculator = Speculator(gpt, heads_of(run))
+            start = time.process_time()
+            for i, prompt in enumerate(prompts):
+                list(speculator.generate(prompt, NEW_TOKENS, sampling, seed=i))
+            drafted = time.process_time() - start
+            start = time.process_time()
+            for i, prompt in enumerate(prompts):
+                list(generate_tokens(gpt, [prompt], NEW_TOKENS, sampling, seed=i))
+            plain = time.process_time() - start
+            s, total = speculator.statistics, PROMPTS * NEW_TOKENS
+            cells = [seed, name, f"{s.accepted / max(1, s.drafted):.2f}", f"{s.tokens / s.passes:.2f}"]
+            print("| " + " | ".join(map(str, [*cells, f"{total / plain:.0f}", f"{total / drafted:.0f}"])) + " |")
+
+
+if __name__ == "__main__":
+    equal = compare(parser(__doc__).parse_args(), ARMS, "off")
+    drafting(equal["sequential"])
