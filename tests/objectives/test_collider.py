@@ -9,6 +9,7 @@ from nanochat.model import GPT, GPTConfig
 from nanochat.model.rows import KeptRows
 from nanochat.objectives import IGNORED, NextToken, Step
 from nanochat.objectives.collider import Collider, TopTokens, kept_count
+from nanochat.objectives.draw import draw, generator
 from nanochat.objectives.mtp import MultiTokenPrediction
 from nanochat.objectives.next_token import kept_metrics
 from nanochat.objectives.score_cache import ScoreCache
@@ -60,12 +61,16 @@ def test_metrics():
     assert metrics["collider/dropped_loss"].item() == pytest.approx(3.5 / 3)
 
 
+# a micro-batch in which a sequential head draws the last two of three sequences
+MICRO_STEP = next(m for m in range(50) if draw(torch.ones(3).bool(), 2, generator(0, m)).tolist() == [1, 2])
+
+
 def run_step(gpt, objectives, tokens, targets, compact):
     """The summed loss of one micro-batch, filtered, with the compact backward or the oracle's detached tokens."""
     gpt.zero_grad()
     gpt.kept_rows = KeptRows() if compact else None
     objectives[0].selector = TopTokens(14)
-    step = Step(gpt, tokens, targets, gpt.hidden(tokens), eot_id=0, micro_step=3)
+    step = Step(gpt, tokens, targets, gpt.hidden(tokens), eot_id=0, micro_step=MICRO_STEP)
     loss = torch.stack([o(step) for o in objectives]).sum()
     gpt.kept_rows = None
     return loss, step
@@ -93,7 +98,7 @@ def test_a_filtered_step_with_mtp_is_the_oracles(kind, streams, monkeypatch):
     for module in (gpt, *objectives):
         module.zero_grad()
     kept = step.kept
-    oracle = Step(gpt, tokens, targets, oracle_hidden(gpt, tokens, kept, monkeypatch), eot_id=0, micro_step=3)
+    oracle = Step(gpt, tokens, targets, oracle_hidden(gpt, tokens, kept, monkeypatch), eot_id=0, micro_step=MICRO_STEP)
     if kind == "sequential":
         detach_in_heads(objectives[1], kept, monkeypatch)
     objectives[0].selector = TopTokens(14)
