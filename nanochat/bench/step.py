@@ -12,6 +12,7 @@ import lightning
 import torch
 from lightning import Callback, LightningDataModule
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from nanochat.bench.measure import clock, interleaved, report, seconds, show
 from nanochat.config import compose
@@ -34,8 +35,8 @@ class RandomTokens(LightningDataModule):
         self.consumed = 0
         self.eot_id = None
 
-    def train_dataloader(self) -> list[dict[str, Tensor]]:
-        return self.batches
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
 
 
 def build(preset: str, optim: str, overrides: list[str]) -> NanoChatModule:
