@@ -20,6 +20,7 @@ from nanochat.config import check
 from nanochat.data import DataModule
 from nanochat.errors import UserError
 from nanochat.lightning.callbacks.base import PendingValidation
+from nanochat.lightning.callbacks.files import atomic_write
 from nanochat.lightning.callbacks.guard import NonFiniteError
 from nanochat.lightning.callbacks.progress import ProgressBar
 from nanochat.lightning.callbacks.time_limit import TimeLimit
@@ -54,12 +55,11 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
     data = build_data(plain)
     data.prepare_data()
     fit_vocabulary(plain, data)
-    config = model_config(plain)
+    model_config(plain)  # an impossible network is refused before anything is written
     checkpoint = find_checkpoint(folder, plain["ckpt_path"])
     if checkpoint is not None:
         check_resume(checkpoint, plain)
     write_run_files(folder, cfg, plain, data)
-    config.to_json(folder / "model.json")
 
     report = Report(folder, plain, data)
     trainer: Trainer | None = None
@@ -143,13 +143,15 @@ def fit_vocabulary(plain: dict[str, Any], data: DataModule) -> None:
 
 
 def write_run_files(folder: Path, cfg: DictConfig, plain: dict[str, Any], data: DataModule) -> None:
-    """config.yaml (kept as it was on a resume) and tokenizer.json."""
+    """config.yaml (kept as it was on a resume), tokenizer.json and model.json."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.yaml").exists():
             resolved = OmegaConf.create({k: v for k, v in plain.items() if k in cfg})
-            OmegaConf.save(resolved, folder / "config.yaml")
+            with atomic_write(folder / "config.yaml") as file:
+                file.write(OmegaConf.to_yaml(resolved).encode())
         data.tokenizer.save(folder / "tokenizer.json")
+        model_config(plain).to_json(folder / "model.json")
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be written: {error.strerror}.") from error
 
