@@ -143,13 +143,20 @@ def fit_vocabulary(plain: dict[str, Any], data: DataModule) -> None:
 
 
 def write_run_files(folder: Path, cfg: DictConfig, plain: dict[str, Any], data: DataModule) -> None:
-    """config.yaml (kept as it was on a resume), tokenizer.json and model.json."""
+    """config.yaml, tokenizer.json and model.json.
+
+    A resume keeps config.yaml but for the run's length: a run that was extended and then interrupted goes on to its
+    new end, with the rates of the new length.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.yaml").exists():
-            resolved = OmegaConf.create({k: v for k, v in plain.items() if k in cfg})
-            with atomic_write(folder / "config.yaml") as file:
-                file.write(OmegaConf.to_yaml(resolved).encode())
+        path = folder / "config.yaml"
+        resolved = OmegaConf.create({k: v for k, v in plain.items() if k in cfg})
+        if path.exists():
+            resolved, length = OmegaConf.load(path), resolved.trainer.max_steps
+            resolved.trainer.max_steps = length
+        with atomic_write(path) as file:
+            file.write(OmegaConf.to_yaml(resolved).encode())
         data.tokenizer.save(folder / "tokenizer.json")
         model_config(plain).to_json(folder / "model.json")
     except OSError as error:

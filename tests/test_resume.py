@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from nanochat.config import CONF
 from nanochat.lightning.callbacks import checkpoint as checkpoints
@@ -229,3 +230,13 @@ def impatient_child(place: Path, folder: Path) -> None:
 
     NanoChatModule.training_step = at_micro_step(1, twice)
     train(configure(place, RUN), folder)
+
+
+def test_an_extended_run_keeps_its_new_length(place: Path) -> None:
+    folder = place / "extended"
+    train(configure(place, [*RUN, "trainer.max_steps=2"]), folder)
+    train(configure(place, [*RUN, "trainer.max_steps=4", "ckpt_path=last"]), folder)
+    saved = OmegaConf.load(folder / "config.yaml")
+    assert saved.trainer.max_steps == 4
+    assert saved.ckpt_path is None
+    assert read_state(folder)["global_step"] == 4

@@ -19,7 +19,14 @@ OWN_RULES = {"ckpt_path", "callbacks", "compile", "data", "debug", "experiment",
 EQUAL = ("seed", "data.corpus", "data.seq_len", "data.batch_size", "data.seed", "data.synthetic_vocab",
          "trainer.accumulate_grad_batches", "loss.label_smoothing", "loss.z_loss")  # fmt: skip
 """further values without which a resumed run would not be the same run; the text itself is compared by the data"""
-TOLD = ("schedule", "loss.chunk", "trainer.precision", "trainer.gradient_clip_val", "trainer.accelerator")
+TOLD = (
+    "schedule",
+    "trainer.max_steps",
+    "loss.chunk",
+    "trainer.precision",
+    "trainer.gradient_clip_val",
+    "trainer.accelerator",
+)
 """may change, but the results do"""
 ABSENT = object()
 

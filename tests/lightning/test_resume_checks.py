@@ -65,7 +65,7 @@ def test_all_changes_are_listed(place: Path, saved: Path) -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "trainer.max_steps=10", "logger=none", "trainer.max_time=00:01:00:00", "data.val_tokens=100",
+        "logger=none", "trainer.max_time=00:01:00:00", "data.val_tokens=100",
         "trainer.val_check_interval=7", "trainer.limit_val_batches=2", "task_name=other", "+mtp=off", "tags=[a]",
     ],
 )  # fmt: skip
@@ -73,6 +73,14 @@ def test_changes_that_are_fine(place: Path, saved: Path, override: str, caplog: 
     with caplog.at_level(logging.WARNING):
         check_resume(saved, plain(place, override))
     assert not caplog.text
+
+
+def test_another_length_is_told_since_every_rate_depends_on_it(
+    place: Path, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_resume(saved, plain(place, "trainer.max_steps=10"))
+    assert "trainer.max_steps 2 -> 10" in caplog.text
 
 
 def test_what_changes_the_bits_is_told(place: Path, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
