@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -78,7 +79,7 @@ def die_in_validation() -> None:
         nonlocal count
         count += 1
         original(self, batch, batch_idx)
-        if count == 6:  # of four batches each: in the second validation
+        if count == 2:  # in the first validation, whose step is saved for its sake alone
             kill()
 
     NanoChatModule.validation_step = validation_step
@@ -164,7 +165,7 @@ MOMENT = random.Random().randrange(2 * ACCUMULATED + 1, STEPS * ACCUMULATED + 1)
     ("death", "micro_step", "code", "step"),
     [
         pytest.param("SIGKILL", MOMENT, -signal.SIGKILL, None, id="SIGKILL at a random micro-step"),
-        ("validation", 0, -signal.SIGKILL, 6),
+        ("validation", 0, -signal.SIGKILL, 3),
         ("save", 0, -signal.SIGKILL, 2),
         ("SIGTERM", 4 * ACCUMULATED + 2, 143, 5),
         ("SIGINT", 2 * ACCUMULATED + 2, 130, 3),
@@ -182,6 +183,8 @@ def test_each_death(place: Path, whole: Path, death: str, micro_step: int, code:
         read_state(folder, path.stem)  # whole
     if step is not None:
         assert read_state(folder)["global_step"] == step
+    if code > 0:
+        assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
     train(configure(place, [*RUN, "ckpt_path=auto"]), folder)
     equal_runs(whole, folder)
     assert (folder / "samples.md").read_text() == (whole / "samples.md").read_text()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +22,12 @@ from hydra import compose, initialize_config_dir
 from nanochat.config import CONF
 from nanochat.errors import UserError
 from nanochat.lightning.callbacks import checkpoint as checkpoints
+from nanochat.lightning.callbacks import throughput
 from nanochat.lightning.callbacks.checkpoint import Checkpoint, point_latest
 from nanochat.lightning.callbacks.loss_plot import smooth, thin
 from nanochat.lightning.callbacks.metrics import read_rows
 from nanochat.lightning.callbacks.sampler import _fenced
-from nanochat.lightning.callbacks.throughput import flops_per_token
+from nanochat.lightning.callbacks.throughput import Throughput, flops_per_token
 from nanochat.lightning.module import NanoChatModule
 from nanochat.model import GPT, GPTConfig
 from nanochat.run import train
@@ -118,6 +120,52 @@ def test_new_columns_keep_the_old_rows(place: Path, monkeypatch: pytest.MonkeyPa
     assert [row["late/number"] for row in rows] == ["", "", "0.5", "", ""]
     assert list(rows[0])[-3:] == ["skipped_steps", "val/loss", "val/bpb"]
     assert rows[1]["val/loss"]
+
+
+def test_resume_drops_later_samples(place: Path, whole: tuple[Path, dict[str, float]]) -> None:
+    folder = place / "samples"
+    train(configure(place, RUN), folder)
+    text = (folder / "samples.md").read_text()
+    cut = text.index("## Step 4") + 30  # as a kill while it was written leaves it
+    (folder / "samples.md").write_text(text[:cut] + "\n## Step 5\n\nof a run that was given up\n")
+    train(configure(place, [*RUN, f"ckpt_path='{folder / 'checkpoints' / 'step=4.ckpt'}'"]), folder)
+    assert (folder / "samples.md").read_text() == text == (whole[0] / "samples.md").read_text()
+
+
+def test_latest_is_the_run_that_was_gone_on_with(place: Path) -> None:
+    outputs = place / "again" / "outputs"
+    settings = [*BARE, "trainer.max_steps=1"]
+    for name in ("one", "two"):
+        train(configure(place, settings), outputs / name)
+    assert os.readlink(outputs / "latest") == "two"
+    train(configure(place, [*settings, "trainer.max_steps=2", "ckpt_path=last"]), outputs / "one")
+    assert os.readlink(outputs / "latest") == "one"
+
+
+def test_speed_counts_each_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of 2 x 40 tokens in 4 s, 1 s of it waiting for data; between them a validation of 100 s."""
+    now = 0.0
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now)
+    loader = SimpleNamespace(wait_seconds=0.0)
+    trainer: Any = SimpleNamespace(
+        global_step=0, train_dataloader=loader, optimizers=[SimpleNamespace(state_bytes=lambda: 12)]
+    )
+    config = GPTConfig(vocab_size=100, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, seq_len=32)
+    module: Any = SimpleNamespace(gpt=GPT(config), device=torch.device("cpu"), step_metrics={})
+    callback = Throughput()
+    callback.on_train_start(trainer, module)
+    for step in (1, 2):
+        for micro_step in range(2):
+            now, loader.wait_seconds = now + 0.5, loader.wait_seconds + 0.5
+            callback.on_train_batch_start(trainer, module, {"tokens": torch.zeros(2, 20)}, 0)
+            now += 1.5
+            trainer.global_step += micro_step
+            callback.on_train_batch_end(trainer, module, None, None, 0)
+        assert module.step_metrics == {
+            "train/tokens_per_second": 20.0, "train/data_wait": 0.25, "optim/bytes": 12
+        }, step  # fmt: skip
+        callback.on_validation_start(trainer, module)
+        now += 100.0
 
 
 def test_resume_drops_later_rows_and_half_a_line(place: Path, whole: tuple[Path, dict[str, float]]) -> None:

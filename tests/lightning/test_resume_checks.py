@@ -41,7 +41,7 @@ def plain(place: Path, *overrides: str) -> dict[str, Any]:
     [
         ("model.dim=128", "model.dim 64 -> 128"),
         ("model.ternary=false", "model.ternary true -> false"),
-        ("seed=1", "seed 0 -> 1"),
+        ("seed=1", "with: seed 0 -> 1"),
         ("data.batch_size=4", "data.batch_size 2 -> 4"),
         ("data.seq_len=16", "data.seq_len 32 -> 16"),
         ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches 1 -> 2"),

@@ -47,6 +47,7 @@ class Checkpoint(StepCallback):
             )
         self.every_n_train_steps, self.keep = every_n_train_steps, keep
         self._saved = 0
+        self._linked = False
         self._boundary = True
         self._due = False
 
@@ -107,9 +108,10 @@ class Checkpoint(StepCallback):
                 f"step {step} cannot be saved in {folder}: {reason}; free some space or make it writable, and go on "
                 "with ckpt_path=auto from the checkpoint before."
             ) from error
-        if not self._saved:
+        if not self._linked:
             with contextlib.suppress(OSError):  # a convenience only
                 point_latest(Path(trainer.default_root_dir))
+            self._linked = True
         self._saved = step
 
     def _prune(self, folder: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,15 +11,20 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 
 from nanochat.errors import UserError
 from nanochat.inference import Sampling, generate_text
+from nanochat.lightning.callbacks.base import validation_due
+from nanochat.lightning.callbacks.files import atomic_write
 from nanochat.model import GPT
 
 log = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 16
+HEADING = re.compile(r"^## Step (\d+)$", re.MULTILINE)
 
 
 class TextSampler(Callback):
     """Lets the model write at each validation, into samples.md, and shows the first sample.
+
+    A resume drops the samples beyond its checkpoint.
 
     Args:
         prompts: None: two beginnings out of the validation text.
@@ -41,6 +47,22 @@ class TextSampler(Callback):
         self.prompts, self.max_tokens, self.seed = prompts, max_tokens, seed
         self.sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = Path(trainer.default_root_dir) / "samples.md"
+        if not path.exists():
+            return
+        # a validation that is made up for writes its sample again: the old one may have been cut off
+        last = trainer.global_step - validation_due(trainer)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        beyond = next((found.start() for found in HEADING.finditer(text) if int(found[1]) > last), None)
+        if beyond is None:
+            return
+        try:
+            with atomic_write(path) as file:
+                file.write(text[:beyond].encode())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.sanity_checking or data.token_bytes() is None:
@@ -48,7 +70,7 @@ class TextSampler(Callback):
         path = Path(trainer.default_root_dir) / "samples.md"
         heading = f"## Step {trainer.global_step}\n"
         written = path.read_text(encoding="utf-8") if path.exists() else ""
-        if heading in written:  # this validation was made up for after a resume
+        if heading in written:  # a finished run is validated again
             return
         prompts = self._prompts(data)
         try:
