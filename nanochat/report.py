@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.errors import UserError
-from nanochat.lightning.callbacks.files import atomic_write, shown
+from nanochat.files import atomic_write, shown
 from nanochat.lightning.callbacks.loss_plot import curve
 from nanochat.lightning.callbacks.metrics import read_rows
 from nanochat.lightning.callbacks.progress import duration

@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from nanochat.config import check
 from nanochat.data import DataModule
 from nanochat.errors import UserError
+from nanochat.files import atomic_write
 from nanochat.lightning.callbacks.base import PendingValidation
-from nanochat.lightning.callbacks.files import atomic_write
 from nanochat.lightning.callbacks.guard import NonFiniteError
 from nanochat.lightning.callbacks.progress import ProgressBar
 from nanochat.lightning.callbacks.time_limit import TimeLimit

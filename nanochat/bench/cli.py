@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 
 import nanochat.bench
 from nanochat.errors import UserError
+from nanochat.messages import did_you_mean
 
 NOT_BENCHES = {"cli", "measure"}
 
@@ -19,7 +19,5 @@ def main(argv: list[str]) -> int:
         print(f"usage: nanochat bench {{{','.join(names)}}} [options]")
         return 0
     if argv[0] not in names:
-        near = difflib.get_close_matches(argv[0], names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}."
-        raise UserError(f"there is no bench {argv[0]!r}{hint}")
+        raise UserError(f"there is no bench {argv[0]!r}{did_you_mean(argv[0], names)}")
     return importlib.import_module(f"nanochat.bench.{argv[0]}").main(argv[1:])

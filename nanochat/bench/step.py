@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from lightning import Callback, LightningDataModule
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from nanochat.bench.measure import clock, interleaved, report, seconds, show
 from nanochat.config import compose
+from nanochat.data.dataset import TrainBatches
 from nanochat.lightning.module import NanoChatModule
 from nanochat.objectives import linear_cross_entropy
 from nanochat.run import settle
@@ -25,13 +27,17 @@ SHAPES = {"tiny": (6, 1), "d20": (8, 4), "nano-125m": (1, 8)}
 
 
 class RandomTokens(LightningDataModule):
-    """Micro-batches of random tokens without any work to make them: what remains is the step."""
+    """`count` micro-batches of random tokens for a module, cut by the training loader's own code and kept ready."""
 
-    def __init__(self, vocabulary: int, batch: int, length: int, count: int, device: str) -> None:
+    def __init__(self, module: NanoChatModule, batch: int, count: int) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(vocabulary, (count, batch, length + 1), generator=generator).to(device)
-        self.batches = [{"tokens": t[:, :-1].contiguous(), "targets": t[:, 1:].contiguous()} for t in tokens]
+        config = module.gpt.config
+        size = batch * count * config.seq_len
+        tokens = np.random.default_rng(0).integers(config.vocab_size, size=size + 2 * config.seq_len)
+        self.source = TrainBatches(tokens, config.seq_len, batch, seed=0, vocab_size=config.vocab_size)
+        self.batches = [
+            {name: tensor.to(module.device) for name, tensor in self.source.batch(i).items()} for i in range(count)
+        ]
         self.consumed = 0
         self.eot_id = None
 
@@ -107,12 +113,12 @@ def bench_preset(preset: str, optim: str, batch: int, accumulate: int, repeats: 
     """Tokens per second of a whole step, and the share of each part in it."""
     module = build(preset, optim, overrides)
     config = module.gpt.config
-    data = RandomTokens(config.vocab_size, batch, config.seq_len, accumulate, str(module.device))
+    data = RandomTokens(module, batch, accumulate)
     optimizer = module.configure_optimizers()
 
     def data_part() -> None:
-        for _ in range(accumulate):
-            RandomTokens(config.vocab_size, batch, config.seq_len, 1, str(module.device))
+        for i in range(accumulate):
+            data.source.batch(i)
 
     bare_step(module, optimizer, data.batches)
     whole, shares = [], {}
@@ -131,7 +137,8 @@ def bench_preset(preset: str, optim: str, batch: int, accumulate: int, repeats: 
         optimizer_step(module, optimizer)
 
     shares["optimizer"] = interleaved({"optimizer": one_optimizer_step}, repeats)["optimizer"] / step
-    shares["data"] = seconds(data_part) / step
+    # what the prefetching thread does for a step: the whole cost, though a run waits for little of it
+    shares["data"] = interleaved({"data": data_part}, repeats)["data"] / step
     tokens = batch * accumulate * config.seq_len
     return {"tokens_per_step": tokens, "step_seconds": step, "tokens_per_second": tokens / step, "share": shares}
 
@@ -152,9 +159,7 @@ def bench_lightning(preset: str, optim: str, batch: int, steps: int, rounds: int
 
     def bare() -> float:
         module = build(preset, optim, [])
-        data = RandomTokens(
-            module.gpt.config.vocab_size, batch, module.gpt.config.seq_len, steps + 2, str(module.device)
-        )
+        data = RandomTokens(module, batch, steps + 2)
         optimizer, marks = module.configure_optimizers(), []
         for micro in data.batches:
             bare_step(module, optimizer, [micro])
@@ -163,9 +168,7 @@ def bench_lightning(preset: str, optim: str, batch: int, steps: int, rounds: int
 
     def trainer() -> float:
         module = build(preset, optim, [])
-        data = RandomTokens(
-            module.gpt.config.vocab_size, batch, module.gpt.config.seq_len, steps + 2, str(module.device)
-        )
+        data = RandomTokens(module, batch, steps + 2)
         marks = _Clock()
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")

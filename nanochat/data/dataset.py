@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from nanochat.errors import UserError
-
-IGNORED = -100
+from nanochat.objectives import IGNORED
 
 Batch = dict[str, Tensor]
 

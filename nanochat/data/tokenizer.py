@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -22,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nanochat.data import gpt2
 from nanochat.errors import ConfigError, UserError
+from nanochat.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +93,8 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`, whole or not at all."""
-        path = Path(path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            aside.write_text(self._inner.to_str(pretty=True), encoding="utf-8")
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with atomic_write(Path(path)) as file:
+            file.write(self._inner.to_str(pretty=True).encode())
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; special tokens in it are plain text.

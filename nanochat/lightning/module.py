@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from nanochat.lightning.rng import get_rng_state, set_rng_state
 from nanochat.model import GPT, GPTConfig
+from nanochat.model.checkpoint import CHECKPOINT_FORMAT
 from nanochat.objectives import IGNORED, NextToken, Objective, Step, linear_cross_entropy
-
-CHECKPOINT_FORMAT = 1
 
 
 def model_config(cfg: dict[str, Any]) -> GPTConfig:

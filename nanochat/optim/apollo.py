@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nanochat.errors import UserError
 from nanochat.optim.adamw import adamw_state, adamw_step
 from nanochat.optim.galore import resolved_rank
 from nanochat.optim.quantized import rounding_generator
-from nanochat.optim.rule import Group, Rule, State
+from nanochat.optim.rule import Group, Rule, State, check_matrix
 
 
 def random_projector(rank: int, side: int, epoch: int, index: int, device: torch.device) -> Tensor:
@@ -36,11 +35,7 @@ class Apollo(Rule):
     }
 
     def check(self, group: Group, name: str, parameter: Tensor) -> None:
-        if parameter.ndim != 2:
-            raise UserError(
-                f"parameter {name} has {parameter.ndim} dimensions, but rule {self.name} of "
-                f"optim.groups.{group['name']} moves matrices only; say `ndim: 2` and give it another group."
-            )
+        check_matrix(group, name, parameter)
         resolved_rank(group["rank"], parameter, name)
 
     def init(self, parameter: Tensor, group: Group, index: int) -> State:

@@ -25,7 +25,7 @@ from nanochat.optim.muon import (
     variance_state,
 )
 from nanochat.optim.quantized import SMALL, dequantize, rounding_generator, store
-from nanochat.optim.rule import Group, Rule, State
+from nanochat.optim.rule import Group, Rule, State, check_matrix
 
 
 def randomized_projector(
@@ -79,11 +79,7 @@ class GaLore(Rule):
     }
 
     def check(self, group: Group, name: str, parameter: Tensor) -> None:
-        if parameter.ndim != 2:
-            raise UserError(
-                f"parameter {name} has {parameter.ndim} dimensions, but rule {self.name} of "
-                f"optim.groups.{group['name']} moves matrices only; say `ndim: 2` and give it another group."
-            )
+        check_matrix(group, name, parameter)
         resolved_rank(group["rank"], parameter, name)
 
     def init(self, parameter: Tensor, group: Group, index: int) -> State:

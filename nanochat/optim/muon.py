@@ -24,7 +24,7 @@ from nanochat.optim.quantized import (
     span_size,
     spans,
 )
-from nanochat.optim.rule import Group, Rule, State
+from nanochat.optim.rule import Group, Rule, State, check_matrix
 
 CLASSIC = (3.4445, -4.7750, 2.0315)
 """Each step maps a singular value s to a s + b s^3 + c s^5: 5 steps take [.01, 1] to .68-1.13, 3 steps to .40-1.20."""
@@ -138,11 +138,7 @@ def variance_state(shape: torch.Size, group: Group, device: torch.device, dtype:
 
 def check_muon(group: Group, name: str, parameter: Tensor) -> None:
     """Raise `UserError` for a parameter that is no matrix, and for Polar Express cut short."""
-    if parameter.ndim != 2:
-        raise UserError(
-            f"parameter {name} has {parameter.ndim} dimensions, but rule {group['rule']} of "
-            f"optim.groups.{group['name']} moves matrices only; say `ndim: 2` and give it another group."
-        )
+    check_matrix(group, name, parameter)
     if group["newton_schulz"] == "polar_express" and group["ns_steps"] < len(POLAR_EXPRESS):
         raise UserError(
             f"ns_steps={group['ns_steps']} is too few for newton_schulz=polar_express (at least {len(POLAR_EXPRESS)}); "

@@ -55,6 +55,15 @@ def check_options(rule: Rule, options: Mapping[str, Any], where: str) -> dict[st
     return {name: check_option(name, value, f"{where}.{name}={value!r}") for name, value in values.items()}
 
 
+def check_matrix(group: Group, name: str, parameter: Tensor) -> None:
+    """Raise `UserError` for a parameter that is no matrix, in a group whose rule moves only those."""
+    if parameter.ndim != 2:
+        raise UserError(
+            f"parameter {name} has {parameter.ndim} dimensions, but rule {group['rule']} of "
+            f"optim.groups.{group['name']} moves matrices only; say `ndim: 2` and give it another group."
+        )
+
+
 def number(value: Any, what: str, low: float = 0.0, high: float = math.inf, *, open_end: bool = False) -> float:
     """A finite number in [low, high], or [low, high) with `open_end`; raises `UserError` naming `what`."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -14,8 +14,8 @@ import torch
 from lightning import LightningModule, Trainer
 
 from nanochat.errors import UserError
+from nanochat.files import atomic_write
 from nanochat.lightning.callbacks.base import StepCallback, validation_due
-from nanochat.lightning.callbacks.files import atomic_write
 from nanochat.lightning.callbacks.guard import NonFiniteGuard
 
 log = logging.getLogger(__name__)

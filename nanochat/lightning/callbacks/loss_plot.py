@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
-from nanochat.lightning.callbacks.files import atomic_write
+from nanochat.files import atomic_write
 from nanochat.lightning.callbacks.metrics import read_rows
 
 log = logging.getLogger(__name__)

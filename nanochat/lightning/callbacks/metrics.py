@@ -11,8 +11,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from nanochat.errors import UserError
+from nanochat.files import atomic_write
 from nanochat.lightning.callbacks.base import StepCallback
-from nanochat.lightning.callbacks.files import atomic_write
 
 FIRST = ("step", "train/loss")
 LAST = ("skipped_steps", "val/loss", "val/bpb")

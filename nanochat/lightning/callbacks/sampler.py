@@ -10,9 +10,9 @@ from pathlib import Path
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 
 from nanochat.errors import UserError
+from nanochat.files import atomic_write
 from nanochat.inference import Sampling, generate_text
 from nanochat.lightning.callbacks.base import validation_due
-from nanochat.lightning.callbacks.files import atomic_write
 from nanochat.model import GPT
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
+from nanochat.files import shown
 from nanochat.lightning.callbacks.base import StepCallback
 from nanochat.lightning.callbacks.checkpoint import Checkpoint
-from nanochat.lightning.callbacks.files import shown
 
 log = logging.getLogger(__name__)
 
