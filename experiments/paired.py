@@ -1,15 +1,12 @@
 """What the studies share: real runs of `train.py`, one thread each, several at a time, and paired comparisons.
 
-Every arm of a study is trained twice for each seed: for the same number of steps, and for the number of steps that
-takes the baseline's time (from the median speeds of the first pass), each with its schedule complete. A run that is
-already there is not trained again, so that a study that was stopped goes on.
+A run that is already there is not trained again, so that a study that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import statistics
 import subprocess
@@ -19,7 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 ROOT = Path(__file__).parent.parent
+# two-sided 95% quantiles of Student's t for n - 1 degrees of freedom
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 @dataclass
@@ -27,24 +28,24 @@ class Result:
     """What a run says of itself."""
 
     folder: Path
-    bpb: float
+    bpb: float  # bits per byte of validation text
     step_seconds: float
-    steps: int
+    state_bytes: int  # of the optimizer
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Options of every study."""
+def parser(description: str, steps: int, base: Sequence[str]) -> argparse.ArgumentParser:
+    """Options of every study; `base` are the overrides of every run."""
     options = argparse.ArgumentParser(description=description)
-    options.add_argument("--steps", type=int, default=400, help="of the equal-steps runs")
+    options.add_argument("--steps", type=int, default=steps, help="of the equal-steps runs (default: %(default)s)")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
-    options.add_argument("--base", nargs="*", default=["experiment=tiny"], help="overrides of every run")
+    options.add_argument("--base", nargs="*", default=list(base), help="overrides of every run")
     options.add_argument("--out", type=Path, required=True, help="folder for the runs")
     return options
 
 
 def train(overrides: Sequence[str], folder: Path, steps: int) -> Result:
-    """Train, unless the folder holds the finished run."""
+    """Train, unless the folder holds the finished run; raises `RuntimeError` with the end of a failed run's words."""
     if not (folder / "summary.json").is_file():
         command = [
             sys.executable, str(ROOT / "train.py"), *overrides, f"hydra.run.dir={folder.resolve()}", "ckpt_path=auto",
@@ -57,23 +58,23 @@ def train(overrides: Sequence[str], folder: Path, steps: int) -> Result:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    config = json.loads(json.dumps(_config(folder)))
-    tokens = config["data"]["batch_size"] * config["data"]["seq_len"] * config["trainer"]["accumulate_grad_batches"]
+    config = OmegaConf.load(folder / "config.yaml")
+    tokens = config.data.batch_size * config.data.seq_len * config.trainer.accumulate_grad_batches
     # the later half: a filter has set in by then, and the machine has warmed up
     speeds = [float(row["train/tokens_per_second"]) for row in rows[len(rows) // 2 :]]
-    return Result(folder, float(rows[-1]["val/bpb"]), tokens / statistics.median(speeds), len(rows))
+    state = next(int(float(row["optim/bytes"])) for row in reversed(rows) if row["optim/bytes"])
+    print(f"{folder.name}: {float(rows[-1]['val/bpb']):.4f}", file=sys.stderr, flush=True)
+    return Result(folder, float(rows[-1]["val/bpb"]), tokens / statistics.median(speeds), state)
 
 
-def _config(folder: Path) -> dict:
-    from omegaconf import OmegaConf
+def compare(
+    options: argparse.Namespace, arms: dict[str, list[str]], baseline: str, clock: Sequence[str]
+) -> dict[str, list[Result]]:
+    """Train all arms for the same number of steps, and those of `clock` for the steps that take the baseline's time.
 
-    return OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))  # type: ignore[return-value]
-
-
-def compare(options: argparse.Namespace, arms: dict[str, list[str]], baseline: str) -> dict[str, list[Result]]:
-    """Train all arms and print the table; returns the equal-steps runs by arm.
-
-    Seeds are paired: each difference is to the baseline of the same seed, which sees the same text in the same order.
+    Every run has its schedule complete; steps in equal time come from the median speeds of the first pass. Seeds are
+    paired: each difference is to the baseline of the same seed, which sees the same text in the same order. Prints the
+    table and returns the equal-steps runs by arm.
     """
     seeds = range(options.seeds)
 
@@ -85,27 +86,29 @@ def compare(options: argparse.Namespace, arms: dict[str, list[str]], baseline: s
         first = {(arm, s): pool.submit(run, arm, s, options.steps, "steps") for s in seeds for arm in arms}
         equal = {arm: [first[arm, s].result() for s in seeds] for arm in arms}
         seconds = {arm: statistics.median(r.step_seconds for r in equal[arm]) for arm in arms}
-        steps = {arm: max(1, round(options.steps * seconds[baseline] / seconds[arm])) for arm in arms}
-        second = {
-            (arm, s): pool.submit(run, arm, s, steps[arm], "clock") for s in seeds for arm in arms if arm != baseline
-        }
-        clock = {arm: equal[arm] if arm == baseline else [second[arm, s].result() for s in seeds] for arm in arms}
+        steps = {arm: max(1, round(options.steps * seconds[baseline] / seconds[arm])) for arm in clock}
+        second = {(arm, s): pool.submit(run, arm, s, steps[arm], "clock") for s in seeds for arm in clock}
+        timed = {arm: [second[arm, s].result() for s in seeds] for arm in clock}
     print(f"\n{options.steps} steps, {options.seeds} paired seeds, {' '.join(options.base)}\n")
-    print(
-        "| arm | step / baseline | bpb, equal steps | difference | steps in equal time | bpb, equal time | difference |"
-    )
+    print("| arm | step / baseline | bpb, equal steps | difference | steps in equal time | bpb there | difference |")
     print("|---|---|---|---|---|---|---|")
     for arm in arms:
-        cells = [arm, f"{seconds[arm] / seconds[baseline]:.3f}"]
-        for results, extra in ((equal, []), (clock, [str(steps[arm])])):
-            values = [r.bpb for r in results[arm]]
-            gaps = [a - b.bpb for a, b in zip(values, results[baseline], strict=True)]
-            cells += [*extra, f"{statistics.mean(values):.4f}", _gap(gaps) if arm != baseline else ""]
-        print("| " + " | ".join(cells) + " |")
+        cells = [arm, f"{seconds[arm] / seconds[baseline]:.3f}", *_cells(equal[arm], equal[baseline])]
+        if arm in timed:
+            cells += [str(steps[arm]), *_cells(timed[arm], equal[baseline])]
+        print("| " + " | ".join([*cells, *[""] * (7 - len(cells))]) + " |")
     return equal
 
 
-def _gap(gaps: list[float]) -> str:
-    """Mean paired difference and its standard error."""
-    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
-    return f"{statistics.mean(gaps):+.4f} ± {error:.4f}"
+def _cells(results: list[Result], baseline: list[Result]) -> list[str]:
+    mean = f"{statistics.mean(r.bpb for r in results):.4f}"
+    return [mean, "" if results is baseline else difference(results, baseline)]
+
+
+def difference(results: Sequence[Result], baseline: Sequence[Result]) -> str:
+    """Mean of the paired differences in bits per byte and half the width of its 95% interval (Student's t)."""
+    gaps = [a.bpb - b.bpb for a, b in zip(results, baseline, strict=True)]
+    if len(gaps) < 2:
+        return f"{gaps[0]:+.4f}"
+    half = STUDENT[len(gaps)] * statistics.stdev(gaps) / len(gaps) ** 0.5
+    return f"{statistics.mean(gaps):+.4f} ± {half:.4f}"
