@@ -9,14 +9,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from paired import compare, parser, train
 
 SPARSITIES = (0.2, 0.4, 0.5)
-# half of the control's steps at least are spent filtering
-WARM_UP = "collider.warmup_steps=50"
 
 
 def main() -> None:
-    options = parser(__doc__)
+    options = parser(__doc__, 120, ["experiment=tiny", "data.val_tokens=40000"])
     options.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES)
     options.add_argument("--scores", nargs="+", default=["loss", "excess", "random"])
+    options.add_argument("--clock", type=float, nargs="*", default=[0.4], help="sparsities compared at equal time, too")
     given = options.parse_args()
     arms: dict[str, list[str]] = {"off": []}
     if "excess" in given.scores:
@@ -28,8 +27,9 @@ def main() -> None:
             reference = (given.out / "reference").resolve()
             extra += [f"collider.reference={reference}", f"collider.cache={(given.out / 'scores').resolve()}"]
         for sparsity in given.sparsity:
-            arms[f"{score}-{sparsity:g}"] = ["+collider=on", f"collider.sparsity={sparsity:g}", WARM_UP, *extra]
-    compare(given, arms, "off")
+            arms[f"{score}-{sparsity:g}"] = ["+collider=on", f"collider.sparsity={sparsity:g}", *extra]
+    timed = [f"{score}-{sparsity:g}" for score in given.scores for sparsity in given.clock]
+    compare(given, arms, "off", [arm for arm in timed if arm in arms])
 
 
 if __name__ == "__main__":

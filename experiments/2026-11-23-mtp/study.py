@@ -63,5 +63,6 @@ def drafting(results: list[Result]) -> None:
 
 
 if __name__ == "__main__":
-    equal = compare(parser(__doc__).parse_args(), ARMS, "off")
+    given = parser(__doc__, 160, ["experiment=tiny", "data.val_tokens=40000"]).parse_args()
+    equal = compare(given, ARMS, "off", [arm for arm in ARMS if arm != "off"])
     drafting(equal["sequential"])
