@@ -34,6 +34,12 @@ RECIPES = ("experiment", "debug")
 """groups that only tune other groups"""
 
 
+VOCABULARY = 4096
+"""tokens of a tokenizer when neither it nor the model says how many"""
+SMALLEST_VOCABULARY = 257
+"""256 bytes and the token that separates documents"""
+
+
 class Unresolved:
     """Stands for a value that could not be had, which has been reported already."""
 
@@ -141,9 +147,27 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError(explain(error, overrides)) from error
     with hydra_settings(cfg) as task:
         check(task)
-        plain = OmegaConf.to_container(task, resolve=True)
+        return plain_values(task)
+
+
+def plain_values(cfg: DictConfig) -> dict[str, Any]:
+    """A checked configuration as plain values, its tokenizer's size among them."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    values = {str(key): value for key, value in plain.items()}
+    settle_vocabulary(values)
+    return values
+
+
+def settle_vocabulary(plain: dict[str, Any]) -> None:
+    """Give a tokenizer of size `auto` the model's, in place; `VOCABULARY` where the model's is `auto`, too.
+
+    The other way round, a model of vocabulary `auto` can only be settled once its tokenizer has seen the text.
+    """
+    tokenizer, model = plain.get("tokenizer"), plain.get("model")
+    if isinstance(tokenizer, dict) and tokenizer.get("vocab_size") == "auto":
+        size = model.get("vocab_size") if isinstance(model, dict) else None
+        tokenizer["vocab_size"] = max(size, SMALLEST_VOCABULARY) if isinstance(size, int) else VOCABULARY
 
 
 # ---- checking -------------------------------------------------------------------------------------------------------
@@ -161,6 +185,7 @@ def check(cfg: DictConfig) -> None:
     problems: list[str] = []
     plain = _resolve(cfg, "", problems)
     assert isinstance(plain, dict)
+    settle_vocabulary(plain)
     problems += _check_top_level(plain)
     problems += _check_loss_node(plain, check_arguments)
     for group in (*TARGET_GROUPS, *NODE_GROUPS, *_features(plain)):

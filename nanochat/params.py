@@ -8,6 +8,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 
 from nanochat.bench.measure import show
 from nanochat.config import compose
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     cfg = compose(options.overrides)
     if cfg["model"]["vocab_size"] == "auto":
-        cfg["model"]["vocab_size"] = int(cfg["tokenizer"].get("vocab_size") or 257)
+        cfg["model"]["vocab_size"] = instantiate(cfg["tokenizer"]).vocab_size
     config = model_config(cfg)
     counts = count_parameters(config)
     total = sum(counts.values())

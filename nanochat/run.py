@@ -16,7 +16,7 @@ from hydra.utils import get_class, instantiate
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from nanochat.config import check
+from nanochat.config import check, plain_values
 from nanochat.data import DataModule
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
@@ -49,7 +49,7 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
     check(cfg)
     quieten()
     folder = Path(HydraConfig.get().runtime.output_dir) if folder is None else Path(folder)
-    plain = settle(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    plain = settle(plain_values(cfg))
     lightning.seed_everything(plain["seed"], verbose=False)
 
     data = build_data(plain)
@@ -133,7 +133,8 @@ def fit_vocabulary(plain: dict[str, Any], data: DataModule) -> None:
             f"the tokenizer has {size} tokens, the model only model.vocab_size={model['vocab_size']}; "
             "make the tokenizer smaller (tokenizer.vocab_size) or say model.vocab_size=auto."
         )
-    elif size < model["vocab_size"]:
+    elif size < model["vocab_size"] and size >= plain["tokenizer"].get("vocab_size", 0):
+        # where the text was too small for the tokenizer's size, the data has said so
         log.warning(
             "The tokenizer has %d of the model's %d tokens; the rest of the head stays unused "
             "(model.vocab_size=auto takes the tokenizer's).",

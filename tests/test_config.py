@@ -133,6 +133,7 @@ def test_presets_have_the_sizes_of_the_table(name: str) -> None:
     assert (model["ffn_dim"], model["vocab_size"], model["seq_len"], model["tied"]) == (ffn, vocabulary, length, tied)
     cfg = compose([f"experiment={name}"])
     assert cfg["model"]["dim"] == dim
+    assert cfg["tokenizer"]["vocab_size"] == vocabulary
     assert cfg["task_name"] == name
     if batch is not None:
         trainer = cfg["trainer"]
@@ -372,6 +373,7 @@ def test_values_fit_annotations(value: Any, annotation: Any, good: bool) -> None
         (["model.activation=gelu"], ["gelu", "silu"]),
         (["data.seq_len=300"], ["data.seq_len=300", "model.seq_len=256"]),
         (["tokenizer.vocab_size=5000"], ["tokenizer.vocab_size=5000", "model.vocab_size=4096"]),
+        (["tokenizer.vocab_size=auto", "model.vocab_size=64"], ["model.vocab_size=64", "at least 257"]),
         (["data.batch_size=0"], ["data.batch_size=0", "at least 1"]),
         (["data.seq_len=-1"], ["data.seq_len=-1", "at least 1"]),
         (["trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),
@@ -412,6 +414,7 @@ def test_what_cannot_be_is_refused(overrides: list[str], words: list[str], defau
     "overrides",
     [
         ["model.vocab_size=auto", "tokenizer.vocab_size=9000"],
+        ["tokenizer.vocab_size=4096", "model.vocab_size=600", "ckpt_path=last"],  # the text gave no more than 600
         ["trainer.max_time=00:00:10:00"],
         ["trainer.gradient_clip_val=null"],
         ["ckpt_path=last"],
@@ -424,6 +427,19 @@ def test_what_cannot_be_is_refused(overrides: list[str], words: list[str], defau
 )
 def test_what_can_be_is_accepted(overrides: list[str], default: DictConfig) -> None:
     assert problems_of_values(default, *overrides) == []
+
+
+def test_the_tokenizer_is_as_large_as_the_model() -> None:
+    def size(*overrides: str) -> int:
+        return compose(overrides)["tokenizer"]["vocab_size"]
+
+    assert size() == 4096
+    assert size("model=d20") == 50257
+    assert size("experiment=d20", "debug=fdr") == 4096  # which takes another model
+    assert size("model=d20", "model.vocab_size=auto") == 4096
+    assert size("model=d20", "tokenizer.vocab_size=300") == 300
+    assert compose(["experiment=d20", "tokenizer=byte"])["tokenizer"] == {"_target_": "nanochat.data.tokenizer.Byte"}
+    assert problems("data=synthetic", "model.vocab_size=64") == []
 
 
 def test_a_warmup_is_refused_only_where_the_user_set_it() -> None:

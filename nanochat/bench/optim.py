@@ -39,7 +39,7 @@ class Shapes:
     """Parameters of a preset with random gradients: the tables, and one layer for all."""
 
     def __init__(self, preset: str) -> None:
-        config = model_config(compose([f"model={preset}", "model.vocab_size=50257", "tokenizer.vocab_size=50257"]))
+        config = model_config(compose([f"model={preset}", "model.vocab_size=50257"]))
         self.layers = config.n_layers
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generator = torch.Generator(device).manual_seed(0)

