@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from nanochat import params
 from nanochat.config import compose
+from nanochat.lightning.module import NanoChatModule
+from nanochat.objectives.linear_cross_entropy import _Chunk
 from nanochat.run import train
 from tests.runs import configure
 
+TOKENS = 2 * 32  # of a micro-batch
 ONE_STEP = ["trainer.max_steps=1", "~callbacks.sampler", "~callbacks.loss_plot", "~callbacks.progress"]
 
 
@@ -64,3 +69,32 @@ def test_params_of_a_model_as_large_as_its_tokenizer(overrides: list[str], rows:
     assert params.main(["--json", "model.vocab_size=auto", *overrides]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["parts"]["embedding"] == rows * compose()["model"]["dim"]
+
+
+# ---- loss.chunk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("chunk", "expected"), [("7", {7, TOKENS % 7}), ("null", {TOKENS})])
+def test_training_and_validation_hold_as_many_logits(
+    place: Path, chunk: str, expected: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: dict[bool, set[int]] = {True: set(), False: set()}
+    original = _Chunk.__init__
+
+    def count(self: Any, logits: torch.Tensor, *args: Any) -> None:
+        sizes[validating].add(logits.shape[0])
+        original(self, logits, *args)
+
+    step, validating = NanoChatModule.validation_step, False
+
+    def validation_step(self: NanoChatModule, *args: Any) -> None:
+        nonlocal validating
+        validating = True
+        step(self, *args)
+        validating = False
+
+    monkeypatch.setattr(_Chunk, "__init__", count)
+    monkeypatch.setattr(NanoChatModule, "validation_step", validation_step)
+    settings = [*ONE_STEP, f"loss.chunk={chunk}", "data.val_tokens=64"]
+    train(configure(place, settings), place / f"chunk-{chunk}")
+    assert sizes == {False: expected, True: expected}

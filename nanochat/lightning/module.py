@@ -142,7 +142,11 @@ class NanoChatModule(lightning.LightningModule):
         """Adds the batch's nats, tokens and bytes; validation never sees a selector."""
         targets = batch["targets"]
         result = linear_cross_entropy(
-            self.gpt.hidden(batch["tokens"]), self.gpt.head_weight(), targets, softcap=self.gpt.config.softcap
+            self.gpt.hidden(batch["tokens"]),
+            self.gpt.head_weight(),
+            targets,
+            softcap=self.gpt.config.softcap,
+            chunk=self.objectives["next_token"].chunk,  # type: ignore[arg-type]
         )
         valid = targets[targets != IGNORED]
         size = 0.0 if self._token_bytes is None else self._token_bytes[valid].sum().item()
