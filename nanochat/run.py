@@ -218,10 +218,17 @@ def build_loggers(plain: dict[str, Any]) -> list[Any]:
 
 
 def clean_up(loggers: list[Any]) -> None:
-    """Leave nothing of this run behind for the next job of a sweep, which shares the process."""
+    """Leave nothing of this run behind for the next job of a sweep, which shares the process.
+
+    What goes wrong is only logged: the run's own end, its error above all, is what its caller has to hear of.
+    """
     for logger in loggers:
         if type(logger).__name__ == "WandbLogger":
-            logger.experiment.finish()
+            try:
+                logger.experiment.finish()
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                log.warning("Weights & Biases could not be closed (%s: %s).", type(error).__name__, reason[:200])
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():

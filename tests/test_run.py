@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers.logger import Logger
 
 from nanochat import params
 from nanochat.config import compose
@@ -98,3 +100,40 @@ def test_training_and_validation_hold_as_many_logits(
     settings = [*ONE_STEP, f"loss.chunk={chunk}", "data.val_tokens=64"]
     train(configure(place, settings), place / f"chunk-{chunk}")
     assert sizes == {False: expected, True: expected}
+
+
+# ---- loggers --------------------------------------------------------------------------------------------------------
+
+
+class WandbLogger(Logger):
+    """Named as the real one is; cannot be closed."""
+
+    name, version = "wandb", "0"
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    @property
+    def experiment(self) -> Any:
+        def finish() -> None:
+            raise OSError("the network\nis gone")
+
+        return SimpleNamespace(finish=finish)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_logger_that_cannot_be_closed_hides_nothing(
+    place: Path, fails: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def validation_step(self: NanoChatModule, *args: Any) -> None:
+        raise ZeroDivisionError("the run's own")
+
+    monkeypatch.setattr("nanochat.run.build_loggers", lambda plain: [WandbLogger(), WandbLogger()])
+    if fails:
+        monkeypatch.setattr(NanoChatModule, "validation_step", validation_step)
+        with pytest.raises(ZeroDivisionError, match="the run's own"):
+            train(configure(place, ONE_STEP), place / "unlucky")
+    else:
+        assert train(configure(place, ONE_STEP), place / "lucky")["val/bpb"] > 0
+    assert caplog.text.count("could not be closed (OSError: the network is gone)") == 2
