@@ -190,6 +190,11 @@ def test_an_experiment_selects_every_group_that_it_tunes(path: Path) -> None:
     assert {key for key in recipe if key in GROUPS} <= selected
 
 
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_an_experiment_runs_without_callbacks(path: Path) -> None:
+    assert compose([f"experiment={path.stem}", "callbacks=none"])["callbacks"] == {}
+
+
 # ---- Hydra's traps --------------------------------------------------------------------------------------------------
 
 
