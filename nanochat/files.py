@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,16 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(folder)  # the new name, too, survives a power cut
     finally:
         os.close(folder)
+
+
+def anchored(path: str) -> str:
+    """A file, folder or glob as it is called from every working folder; what begins with a `~` is so already."""
+    if not path or os.path.isabs(os.path.expanduser(path)):
+        return path
+    here = os.getcwd()
+    if glob.has_magic(path) and not os.path.lexists(path):
+        here = glob.escape(here)
+    return os.path.join(here, path)
 
 
 def shown(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 import warnings
@@ -25,7 +24,7 @@ from nanochat.lightning.callbacks.guard import NonFiniteError
 from nanochat.lightning.callbacks.progress import ProgressBar
 from nanochat.lightning.callbacks.time_limit import TimeLimit
 from nanochat.lightning.module import NanoChatModule, model_config
-from nanochat.lightning.resume import check_resume, find_checkpoint
+from nanochat.lightning.resume import anchor_paths, check_resume, find_checkpoint
 from nanochat.report import Report
 
 log = logging.getLogger(__name__)
@@ -109,8 +108,8 @@ def build_data(plain: dict[str, Any]) -> DataModule:
 
 
 def settle(plain: dict[str, Any]) -> dict[str, Any]:
-    """Decide every `auto` from the machine, and count validation intervals in optimizer steps."""
-    plain = copy.deepcopy(plain)
+    """Decide every `auto` from the machine, and every relative path from the working folder."""
+    plain = anchor_paths(plain)
     trainer = plain["trainer"]
     if trainer.get("accelerator", "auto") == "auto":
         trainer["accelerator"] = (

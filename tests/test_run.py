@@ -12,13 +12,16 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers.logger import Logger
+from omegaconf import DictConfig, OmegaConf
 
 from nanochat import params
 from nanochat.config import compose
+from nanochat.errors import UserError
 from nanochat.lightning.module import NanoChatModule
+from nanochat.lightning.resume import anchor_paths, check_resume
 from nanochat.objectives.linear_cross_entropy import _Chunk
-from nanochat.run import train
-from tests.runs import configure
+from nanochat.run import settle, train
+from tests.runs import configure, read_state, write_text
 
 TOKENS = 2 * 32  # of a micro-batch
 ONE_STEP = ["trainer.max_steps=1", "~callbacks.sampler", "~callbacks.loss_plot", "~callbacks.progress"]
@@ -137,3 +140,53 @@ def test_a_logger_that_cannot_be_closed_hides_nothing(
     else:
         assert train(configure(place, ONE_STEP), place / "lucky")["val/bpb"] > 0
     assert caplog.text.count("could not be closed (OSError: the network is gone)") == 2
+
+
+# ---- paths ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    here, elsewhere = tmp_path / "here [1]", tmp_path / "elsewhere"
+    write_text(here / "text")
+    write_text(here / "val", 3)
+    elsewhere.mkdir()
+    monkeypatch.chdir(here)
+    relative = ["data.paths=['text/00?.txt',text/011.txt,./text]", "data.val_paths=val", "data.cache_dir=cache"]
+    train(configure(tmp_path, [*ONE_STEP, *relative]), Path("run").absolute())
+
+    monkeypatch.chdir(elsewhere)
+    cfg = OmegaConf.load(here / "run" / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    cfg.ckpt_path, cfg.trainer.max_steps = "last", 2
+    with caplog.at_level(logging.INFO):
+        assert train(cfg, here / "run")["val/bpb"] > 0
+    assert read_state(here / "run")["global_step"] == 2
+    assert "Preparing" not in caplog.text  # what was prepared is found again
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_paths_are_compared_as_what_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of before, whose checkpoint has them relative, is gone on with from the folder that it was started in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    write_text(tmp_path / "text")
+    own = {"_target_": "nanochat.data.tokenizer.GPT2", "path": "merges.txt"}
+    train(configure(tmp_path, ONE_STEP), tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    plain = content["hyper_parameters"]["cfg"]
+    torch.save({**content, "hyper_parameters": {"cfg": {**plain, "tokenizer": own}}}, tmp_path / "old.ckpt")
+    check_resume(tmp_path / "old.ckpt", settle({**plain, "tokenizer": own}))
+    with pytest.raises(UserError, match=r"tokenizer\.path .*/merges\.txt -> .*/other\.txt"):
+        check_resume(tmp_path / "old.ckpt", settle({**plain, "tokenizer": {**own, "path": "other.txt"}}))
+
+
+def test_a_reference_is_the_run_that_latest_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first checkpoint on, a run is itself outputs/latest."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "first").mkdir(parents=True)
+    (tmp_path / "outputs" / "latest").symlink_to("first")
+    plain = anchor_paths({"collider": {"reference": "outputs/latest", "cache": "~/scores"}, "mtp": None})
+    assert plain["collider"] == {"reference": str(tmp_path / "outputs" / "first"), "cache": "~/scores"}

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import os
+import re
 import stat
 import sysconfig
 import zlib
@@ -206,12 +207,16 @@ class Corpus:
             yield name, root / name
 
 
+_ESCAPED = re.compile(r"\[([*?[])\]")  # as glob.escape writes them
+
+
 def _before_magic(parts: Sequence[str]) -> list[str]:
+    """The names of the folders that a pattern begins with."""
     kept = []
     for part in parts:
-        if glob.has_magic(part):
+        if glob.has_magic(_ESCAPED.sub("", part)):
             break
-        kept.append(part)
+        kept.append(_ESCAPED.sub(r"\1", part))
     return kept
 
 

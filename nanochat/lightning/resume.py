@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanochat.errors import UserError
+from nanochat.files import anchored
 from nanochat.model.checkpoint import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,15 @@ TOLD = (
     "trainer.accelerator",
 )
 """may change, but the results do"""
+PATHS = (
+    "data.paths",
+    "data.val_paths",
+    "data.cache_dir",
+    "tokenizer.path",
+    "collider.reference",
+    "collider.cache",
+)
+"""files and folders that a run reads anew when it goes on"""
 ABSENT = object()
 
 
@@ -64,6 +76,23 @@ def find_checkpoint(folder: Path, ckpt_path: str | Path | None) -> Path | None:
     return path
 
 
+def anchor_paths(plain: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a run's plain configuration whose paths mean the same from every working folder.
+
+    `collider.reference` follows links, too: `outputs/latest` is this very run from its first checkpoint on.
+    """
+    plain = copy.deepcopy(plain)
+    for key in PATHS:
+        group, _, name = key.partition(".")
+        node = plain.get(group)
+        value = node.get(name) if isinstance(node, dict) else None
+        if not value:
+            continue
+        value = [anchored(path) for path in value] if isinstance(value, list) else anchored(value)
+        node[name] = os.path.realpath(value) if key == "collider.reference" else value  # type: ignore[index]
+    return plain
+
+
 def check_resume(path: Path, plain_cfg: dict[str, Any]) -> None:
     """Compare a checkpoint with the configuration that is to go on from it, and take over its `rate_scale`.
 
@@ -77,6 +106,7 @@ def check_resume(path: Path, plain_cfg: dict[str, Any]) -> None:
     saved, run = (checkpoint.get("hyper_parameters") or {}).get("cfg"), checkpoint.get("nanochat_run")
     if not isinstance(saved, dict) or not isinstance(run, dict) or "optimizer_states" not in checkpoint:
         raise UserError(f"ckpt_path={path} holds weights only, or is not a run of nanochat: it cannot be resumed.")
+    saved = anchor_paths(saved)
     whole = sorted((set(saved) | set(plain_cfg)) - OWN_RULES)
     changed = [
         line for key in (*EQUAL, *whole) for line in differences(key, lookup(saved, key), lookup(plain_cfg, key))

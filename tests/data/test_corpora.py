@@ -12,6 +12,7 @@ import zstandard
 from nanochat.data import corpora
 from nanochat.data.corpora import Corpus, JsonLines, Skipped, standard_library
 from nanochat.errors import UserError
+from nanochat.files import anchored
 
 
 def names(corpus: Corpus, skipped: Skipped | None = None) -> list[str]:
@@ -41,6 +42,29 @@ def test_folders_globs_and_files_in_a_fixed_order(tmp_path):
     assert names(Corpus("text", [tmp_path / "b" / "[x].txt"])) == ["[x].txt"]
     # paths that overlap give a file once
     assert names(Corpus("text", [tmp_path / "b" / "2.txt", tmp_path / "b"])) == ["2.txt", "1.txt", "[x].txt"]
+
+
+@pytest.mark.parametrize("path", ["a/1.txt", "a", "a/*.txt", "./*/1.txt", "**/*.txt", "a/../a/[1].txt", "a/[x].txt"])
+def test_documents_have_the_same_names_wherever_their_path_begins(path, tmp_path, monkeypatch):
+    """Their split depends on the name."""
+    for folder in ("in [1]/a", "in [1]/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in ("1.txt", "[x].txt"):
+            (tmp_path / folder / name).write_text(f"{folder} {name}")
+    monkeypatch.chdir(tmp_path / "in [1]")
+    relative, absolute = Corpus("text", [path]), Corpus("text", [anchored(path)])
+    found = list(relative.documents())
+    assert found
+    monkeypatch.chdir(tmp_path)
+    assert list(absolute.documents()) == found
+
+
+def test_paths_at_home_stay(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "1.txt").write_text("text")
+    assert anchored("~/*.txt") == "~/*.txt"
+    assert names(Corpus("text", [anchored("~/*.txt")])) == ["1.txt"]
+    assert anchored("/a/b.txt") == "/a/b.txt"
 
 
 @pytest.mark.parametrize("path", ["missing.txt", "no-*.txt", "~nobody-of-that-name/x"])
