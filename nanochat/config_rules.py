@@ -78,6 +78,7 @@ AT_LEAST_ONE = (
     "mtp.tokens",
     "mhc.streams",
 )
+EARLY_STOPPING = "nanochat.lightning.callbacks.early_stopping.EarlyStopping"
 NOT_NEGATIVE = ("optim.lr", "optim.weight_decay", "trainer.gradient_clip_val", "schedule.warmup_steps", "mtp.weight")
 
 
@@ -222,6 +223,18 @@ def _wandb_account() -> bool:
     return any(path.is_file() and "wandb" in path.read_text(errors="replace") for path in files)
 
 
+def early_stopping_sees_something(values: Values) -> Iterator[str]:
+    """What ends a run early is validated, and measured."""
+    nodes = values.get("callbacks")
+    for name, node in nodes.items() if isinstance(nodes, dict) else ():
+        if not isinstance(node, dict) or node.get("_target_") != EARLY_STOPPING:
+            continue
+        if values.number("trainer.limit_val_batches") == 0:
+            yield f"callbacks.{name} waits for validations, but trainer.limit_val_batches=0 has none."
+        if node.get("monitor", "val/bpb") == "val/bpb" and values.get("data.corpus") == "synthetic":
+            yield f"callbacks.{name}.monitor=val/bpb needs text, and data=synthetic has none; use val/loss."
+
+
 def model_is_possible(values: Values) -> Iterator[str]:
     """The network's own rules: heads divide the width, key/value heads divide the heads, ..."""
     node = values.node("model")
@@ -320,6 +333,7 @@ RULES: list[Callable[[Values], Iterator[str]]] = [
     trainer_fits,
     device_exists,
     loggers_work,
+    early_stopping_sees_something,
     model_is_possible,
     loss_is_possible,
     parts_are_possible,

@@ -363,6 +363,9 @@ def test_values_fit_annotations(value: Any, annotation: Any, good: bool) -> None
     assert fits(value, annotation) is good
 
 
+STOPPING = ["callbacks.stop._target_=nanochat.lightning.callbacks.early_stopping.EarlyStopping"]
+
+
 # ---- rules between the fields ---------------------------------------------------------------------------------------
 
 
@@ -397,6 +400,11 @@ def test_values_fit_annotations(value: Any, annotation: Any, good: bool) -> None
         (["loss.z_loss=-1"], ["loss.z_loss=-1"]),
         (["loss.zloss=1"], ["loss.zloss", "did you mean 'z_loss'"]),
         (["callbacks.checkpoint.every_n_train_steps=0"], ["every_n_train_steps=0", "at least 1"]),
+        ([*STOPPING, "callbacks.stop.patience=0"], ["early_stopping.patience=0", "at least 1"]),
+        ([*STOPPING, "callbacks.stop.patience=soon"], ["callbacks.stop.patience=soon", "a whole number"]),
+        ([*STOPPING, "callbacks.stop.min_delta=-1"], ["early_stopping.min_delta=-1", "at least 0"]),
+        ([*STOPPING, "callbacks.stop.monitor=val/los"], ["callbacks.stop.monitor=val/los", "one of val/bpb, val/loss"]),
+        ([*STOPPING, "trainer.limit_val_batches=0"], ["callbacks.stop", "limit_val_batches=0"]),
         (["seed=-1"], ["seed=-1"]),
         (["seed=abc"], ["seed=abc"]),
         (["seed=${nope}"], ["seed cannot be resolved", "nope"]),
@@ -445,6 +453,13 @@ def test_the_tokenizer_is_as_large_as_the_model() -> None:
     assert size("model=d20", "tokenizer.vocab_size=300") == 300
     assert compose(["experiment=d20", "tokenizer=byte"])["tokenizer"] == {"_target_": "nanochat.data.tokenizer.Byte"}
     assert problems("data=synthetic", "model.vocab_size=64") == []
+
+
+def test_early_stopping_where_there_is_no_text() -> None:
+    [problem] = problems("callbacks=early_stopping", "data=synthetic")
+    assert "callbacks.early_stopping.monitor=val/bpb needs text" in problem
+    good = ["data=synthetic", "callbacks.early_stopping.monitor=val/loss", "callbacks.early_stopping.min_delta=1"]
+    assert problems("callbacks=early_stopping", *good) == []
 
 
 def test_a_warmup_is_refused_only_where_the_user_set_it() -> None:
