@@ -59,6 +59,13 @@ def test_command(command, tmp_path, monkeypatch):
         compose(job)
 
 
+@pytest.mark.parametrize("line", [*COMMANDS, *re.findall(r"^    (pip .+)$", README, re.MULTILINE)])
+def test_brackets_are_quoted(line):
+    """zsh takes bare ones for a glob, and refuses the command when no file matches."""
+    for word in shlex.split(line, posix=False):
+        assert "[" not in word or word.startswith("'")
+
+
 def test_there_are_commands():
     assert len(COMMANDS) >= 15
     assert sum("train.py" in command for command in COMMANDS) >= 5
