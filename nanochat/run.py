@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nanochat.config import check
 from nanochat.data import DataModule
+from nanochat.device import default_precision, find_device
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.lightning.callbacks.base import PendingValidation
@@ -112,14 +113,14 @@ def settle(plain: dict[str, Any]) -> dict[str, Any]:
     """Decide every `auto` from the machine, and count validation intervals in optimizer steps."""
     plain = copy.deepcopy(plain)
     trainer = plain["trainer"]
-    if trainer.get("accelerator", "auto") == "auto":
-        trainer["accelerator"] = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+    accelerator = trainer.get("accelerator") or "auto"
+    device = find_device(accelerator)
+    if accelerator == "auto":
+        trainer["accelerator"] = device.type
     if trainer.get("precision") == "auto":
-        trainer["precision"] = "bf16-mixed" if trainer["accelerator"] in ("cuda", "gpu") else "32-true"
+        trainer["precision"] = default_precision(device)
     if plain.get("compile", "auto") == "auto":
-        plain["compile"] = trainer["accelerator"] in ("cuda", "gpu")
+        plain["compile"] = device.type == "cuda"
     return plain
 
 
