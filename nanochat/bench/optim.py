@@ -6,15 +6,13 @@ part by itself, and the layer's figures are multiplied. Bytes are counted in sta
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat.bench.measure import in_child, interleaved, peak_extra_bytes, report, show
+from nanochat.bench.measure import Parser, in_child, interleaved, peak_extra_bytes, report, show, some_of
 from nanochat.config import CONF, compose
-from nanochat.errors import UserError
 from nanochat.lightning.module import model_config
 from nanochat.model import GPT
 from nanochat.optim import Optimizer, build
@@ -33,6 +31,11 @@ OPTIMIZERS = (
     "apollo",
 )
 TABLES = ("embedding", "tied_embedding", "head")
+
+
+def names(group: str) -> list[str]:
+    """The options of a group of the configuration that stand on their own."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "base")
 
 
 class Shapes:
@@ -143,19 +146,12 @@ def run(
     Args:
         json: print JSON instead. presets, optimizers: names of `model=` and `optim=`.
         repeats: rounds, of which the median counts. peak: measure peak memory too, each arm in a process of its own.
-
-    Raises `UserError` for an unknown name.
     """
-    for kind, names in (("model", presets), ("optim", optimizers)):
-        known = sorted(path.stem for path in (CONF / kind).glob("*.yaml"))
-        for name in names:
-            if name not in known:
-                raise UserError(f"there is no {kind}={name}; there are {', '.join(known)}.")
-    names = list(dict.fromkeys(("adamw", "muon", *optimizers)))
+    arms = list(dict.fromkeys(("adamw", "muon", *optimizers)))
     figures: dict[str, Any] = {"models": {}}
     rows = []
     for preset in presets:
-        model = _measure(preset, names, repeats)
+        model = _measure(preset, arms, repeats)
         figures["models"][preset] = model
         for name, entry in model["optimizers"].items():
             entry["to_adamw"] = entry["seconds"] / model["optimizers"]["adamw"]["seconds"]
@@ -179,13 +175,12 @@ def run(
 
 def main(argv: list[str]) -> int:
     """Measure and print; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="nanochat bench optim", description=__doc__)
-    parser.add_argument("--presets", nargs="+", default=list(PRESETS))
-    parser.add_argument("--optim", nargs="+", default=list(OPTIMIZERS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = Parser("bench optim", __doc__, repeats=3)
+    presets, optimizers = (some_of(names(group)) for group in ("model", "optim"))
+    words = "with commas between them ({})"
+    parser.add_argument("--presets", type=presets, default=PRESETS, help=words.format(",".join(PRESETS)))
+    parser.add_argument("--optim", type=optimizers, default=OPTIMIZERS, help=words.format("all"))
     parser.add_argument("--no-peak", action="store_true", help="leave out peak memory, which starts a process an arm")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     run(options.json, tuple(options.presets), tuple(options.optim), options.repeats, not options.no_peak)

@@ -41,7 +41,7 @@ def test_table(capsys, monkeypatch):
 
 
 def test_unknown_names():
-    with pytest.raises(UserError, match="model=d21"):
-        bench.run(presets=("d21",))
-    with pytest.raises(UserError, match="optim=mun"):
-        bench.run(optimizers=("mun",))
+    with pytest.raises(UserError, match="no 'd21'; did you mean 'd20'"):
+        bench.main(["--presets", "tiny,d21"])
+    with pytest.raises(UserError, match="no 'mun'; did you mean 'muon'"):
+        bench.main(["--optim", "mun"])
