@@ -124,6 +124,13 @@ def settle(plain: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def plan_vocabulary(plain: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with a number for a vocabulary of `auto`, for what works without the tokenizer itself."""
+    if plain["model"]["vocab_size"] == "auto":
+        return {**plain, "model": {**plain["model"], "vocab_size": build_data(plain).planned_vocab_size}}
+    return plain
+
+
 def fit_vocabulary(plain: dict[str, Any], data: DataModule) -> None:
     """Give a model of vocabulary `auto` the tokenizer's; refuse a model that is too small for its tokenizer."""
     size, model = data.vocab_size, plain["model"]

