@@ -7,6 +7,7 @@ clock. Single figures drift between processes, ratios within one run do not.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import multiprocessing
@@ -178,6 +179,9 @@ def peak_extra_bytes(function: Callable[[], Any]) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # memory that was freed but kept would be used again without being seen
+        libc.malloc_trim(0)
     reset_peak()
     before = resident_bytes()
     function()
