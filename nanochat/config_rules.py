@@ -256,11 +256,8 @@ def parts_are_possible(values: Values) -> Iterator[str]:
     for key, node in groups:
         if node:
             yield from _tried(lambda node=node: instantiate(node), key)
-    data = values.node("data")
-    if data and tokenizer:
-        yield from _tried(
-            lambda: instantiate(data, _partial_=True, _convert_="all")(tokenizer=instantiate(tokenizer)), "data"
-        )
+    if values.node("data") and tokenizer:
+        yield from _tried(lambda: _data(values), "data")
 
 
 def loss_is_possible(values: Values) -> Iterator[str]:
@@ -295,8 +292,19 @@ def _sized(values: Values) -> dict[str, Any]:
     """The model's node with a number where its vocabulary is `auto`."""
     node = dict(values.node("model"))
     if node.get("vocab_size") == "auto":
-        node["vocab_size"] = int(values.number("tokenizer.vocab_size") or SMALLEST_VOCABULARY)
+        try:
+            node["vocab_size"] = _data(values).planned_vocab_size
+        except Exception:  # `parts_are_possible` says what is wrong with it
+            node["vocab_size"] = 257
     return node
+
+
+def _data(values: Values) -> Any:
+    """The DataModule, with nothing read or written."""
+    from hydra.utils import instantiate
+
+    node, tokenizer = values.node("data"), values.node("tokenizer")
+    return instantiate(node, _partial_=True, _convert_="all")(tokenizer=instantiate(tokenizer))
 
 
 def _model(values: Values) -> None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import shutil
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import LightningModule, Trainer
 
-from nanochat.bench.measure import show
-from nanochat.model import GPT, GPTConfig
-from nanochat.objectives import linear_cross_entropy
+from nanochat.bench.measure import Parser, duration, show
+from nanochat.bench.step import RandomTokens
+from nanochat.config import compose
+from nanochat.device import find_device
+from nanochat.lightning.callbacks.base import StepCallback
+from nanochat.lightning.module import NanoChatModule, model_config
+from nanochat.run import build_trainer, quieten, settle
 
 PACKAGES = ("nanochat", "torch", "lightning", "hydra-core", "tokenizers", "numpy")
 EXTRAS = {
@@ -28,6 +34,9 @@ EXTRAS = {
     "bitsandbytes": "8-bit optimizer kernels on CUDA",
 }
 SMOKE_SECONDS = 5.0
+LEAST = 20
+"""steps of the smoke test on however slow a machine"""
+SEQUENCES = 8
 
 
 def versions() -> dict[str, str]:
@@ -41,19 +50,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device() -> str:
-    """The device that `trainer=auto` takes, in words."""
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        return f"cuda: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, bf16-mixed"
-    if torch.backends.mps.is_available():
-        return "mps, 32-true"
-    return f"cpu: {torch.get_num_threads()} threads, 32-true"
+def device(plain: dict[str, Any]) -> str:
+    """The device and the precision of a run, in words."""
+    where = find_device(plain["trainer"]["accelerator"])
+    name = where.type
+    if where.type == "cuda":
+        properties = torch.cuda.get_device_properties(where)
+        name = f"cuda: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    elif where.type == "cpu":
+        name = f"cpu: {torch.get_num_threads()} threads"
+    return f"{name}, {plain['trainer']['precision']}{', compiled' if plain['compile'] else ''}"
 
 
 def compiler() -> str:
     """Whether `compile=true` can work."""
-    if torch.cuda.is_available():
+    if find_device().type == "cuda":
         return "yes" if importlib.util.find_spec("triton") else "no: triton is missing"
     return (
         "yes (slow to start, gains little on a CPU)"
@@ -62,26 +73,74 @@ def compiler() -> str:
     )
 
 
-def smoke_test(budget: float = SMOKE_SECONDS) -> dict[str, float]:
-    """Train a small ternary model on one repeated batch for `budget` seconds; its loss must fall."""
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = GPT(
-        GPTConfig(vocab_size=512, dim=128, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=256, seq_len=64), seed=0
+def smoke_config() -> dict[str, Any]:
+    """The settled configuration of a small ternary model on whatever a run takes here: device, precision, compilation
+    and optimizer are a run's defaults."""
+    words = ["model.dim=128", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=4", "model.ffn_dim=256",
+             "model.seq_len=64", "model.vocab_size=512", "tokenizer=byte", "schedule=constant",
+             "schedule.warmup_steps=0", "callbacks=none", "logger=none", "trainer.max_steps=1000000",
+             "trainer.limit_val_batches=0"]  # fmt: skip
+    return settle(compose(words))
+
+
+class _Watch(StepCallback):
+    """Notes the losses, and stops once `budget` seconds have passed since the first step, but not before LEAST."""
+
+    def __init__(self, budget: float) -> None:
+        self.budget = budget
+        self.losses: list[float] = []
+        self.first = self.last = 0.0
+
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        self.losses.append(pl_module.step_metrics["train/loss"])  # type: ignore[index]
+        self.last = time.perf_counter()
+        if step == 1:  # compilation and the first allocations are not what training costs
+            self.first = self.last
+        elif step >= LEAST and self.last - self.first >= self.budget:
+            trainer.should_stop = True
+
+
+def smoke_test(plain: dict[str, Any], budget: float = SMOKE_SECONDS) -> dict[str, float]:
+    """Train on one repeated batch as a run does, by the LightningModule and the Trainer; its loss must fall.
+
+    Args:
+        plain: a settled configuration. budget: seconds of training after the first step.
+
+    Returns:
+        first_loss and last_loss in nats, steps, first_step_seconds (building and compiling included), and
+        tokens_per_second after it.
+    """
+    quieten()
+    config, watch, start = model_config(plain), _Watch(budget), time.perf_counter()
+    data = RandomTokens(config, SEQUENCES, 1, find_device(plain["trainer"]["accelerator"]))
+    data.batches *= 1000  # an epoch
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = build_trainer(plain, Path(folder), [])
+        trainer.callbacks.append(watch)  # type: ignore[attr-defined]
+        trainer.fit(NanoChatModule(plain), datamodule=data)
+    steps = len(watch.losses)
+    return {
+        "first_loss": watch.losses[0],
+        "last_loss": watch.losses[-1],
+        "steps": steps,
+        "first_step_seconds": watch.first - start,
+        "tokens_per_second": (steps - 1) * SEQUENCES * config.seq_len / (watch.last - watch.first),
+    }
+
+
+def verdict(smoke: dict[str, float]) -> str:
+    """What a finished smoke test shows, in words."""
+    return (
+        f"{'learns' if learns(smoke) else 'does NOT learn'}: loss {smoke['first_loss']:.2f} -> "
+        f"{smoke['last_loss']:.2f} in {smoke['steps']} steps, {smoke['tokens_per_second']:,.0f} tokens/s "
+        f"(the first step took {smoke['first_step_seconds']:.1f} s)"
     )
-    model.to(where)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    tokens = torch.randint(512, (8, 65), generator=torch.Generator().manual_seed(0)).to(where)
-    start, steps, first, last = time.perf_counter(), 0, 0.0, 0.0
-    while steps < 3 or time.perf_counter() - start < budget:
-        loss = linear_cross_entropy(model.hidden(tokens[:, :-1]), model.head_weight(), tokens[:, 1:]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        last = loss.item()
-        first = first or last
-        steps += 1
-    taken = time.perf_counter() - start
-    return {"first_loss": first, "last_loss": last, "steps": steps, "tokens_per_second": steps * 512 / taken}
+
+
+def learns(smoke: dict[str, float]) -> bool:
+    """Whether the loss fell by a tenth (NaN did not)."""
+    return smoke["last_loss"] < 0.9 * smoke["first_loss"]
 
 
 def _try(function: Callable[[], str]) -> str:
@@ -102,37 +161,34 @@ def writable(folder: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Print what was found; exit code 1 when the smoke test does not learn."""
-    parser = argparse.ArgumentParser(prog="nanochat doctor", description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--seconds", type=float, default=SMOKE_SECONDS, help="length of the training smoke test")
+    """Print what was found; exit code 1 when the smoke test fails or does not learn."""
+    parser = Parser("doctor", __doc__)
+    parser.add_argument("--seconds", type=duration, default=SMOKE_SECONDS, help="length of the training smoke test")
     options = parser.parse_args(argv)
+    plain = smoke_config()
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "device": device(),
+        "device": device(plain),
         "compile": compiler(),
         "huge pages for torch": "on" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "off",
         "outputs/ can be written": _try(lambda: writable(Path("outputs").absolute())),
         "versions": versions(),
     }
-    smoke = smoke_test(options.seconds)
-    found["smoke test"] = smoke
-    learns = smoke["last_loss"] < 0.9 * smoke["first_loss"]
+    try:
+        found["smoke test"] = smoke_test(plain, options.seconds)
+        said, well = verdict(found["smoke test"]), learns(found["smoke test"])
+    except Exception as error:  # whatever a run would die of here is what the doctor is asked for
+        reason = (str(error).strip().splitlines() or [""])[0]
+        said, well = f"FAILED: {type(error).__name__}: {reason}", False
+        found["smoke test"] = {"error": said}
     if options.json:
-        print(json.dumps({**found, "ok": learns}, indent=2))
-        return 0 if learns else 1
+        print(json.dumps({**found, "ok": well}, indent=2))
+        return 0 if well else 1
     rows = [[key, value] for key, value in found.items() if isinstance(value, str)]
     for package, version in found["versions"].items():
         hint = f"missing: needed for {EXTRAS[package]}" if version == "missing" and package in EXTRAS else version
         rows.append([package, hint])
-    verdict = "learns" if learns else "does NOT learn"
-    rows.append(
-        [
-            "training smoke test",
-            f"{verdict}: loss {smoke['first_loss']:.2f} -> {smoke['last_loss']:.2f} in {smoke['steps']} steps, "
-            f"{smoke['tokens_per_second']:,.0f} tokens/s",
-        ]
-    )
+    rows.append(["training smoke test", said])
     show("nanochat doctor", ["what", "found"], rows)
-    return 0 if learns else 1
+    return 0 if well else 1

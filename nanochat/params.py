@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from torch import Tensor
 
-from nanochat.bench.measure import show
+from nanochat.bench.measure import Parser, show
 from nanochat.config import compose
-from nanochat.lightning.module import model_config
-from nanochat.model import GPT, GPTConfig
+from nanochat.device import find_device
+from nanochat.export.gguf_tensors import mtp_heads
+from nanochat.lightning.module import NanoChatModule
+from nanochat.optim import Optimizer
+from nanochat.run import plan_vocabulary, settle
 
 TQ2_0_BITS = 2.0625  # two bits a weight and a float16 scale for 256
 EMBEDDING_BITS = 8.5  # Q8_0
 
 
+@dataclass
+class Part:
+    """What the parameters of one row of the table come to."""
+
+    parameters: int = 0
+    optimizer_bytes: int = 0
+    file_bytes: float = 0.0
+
+
 def part_of(name: str) -> str:
-    """The row of the table that a parameter belongs to."""
-    if name.startswith("embedding."):
+    """The row of the table that a parameter of the LightningModule belongs to."""
+    if name.startswith("objectives."):
+        return f"{name.split('.')[1]} heads"
+    if name.startswith("gpt.embedding."):
         return "embedding"
-    if name.startswith("head."):
+    if name.startswith("gpt.head."):
         return "head"
+    if "hyper_" in name:
+        return "hyper-connections"
     if name.endswith("norm.weight"):
         return "norms"
     if ".attention." in name:
@@ -34,42 +52,91 @@ def part_of(name: str) -> str:
     return "other"
 
 
-def count_parameters(config: GPTConfig) -> dict[str, int]:
-    """Parameters by part, counted without allocating the model."""
+def file_bits(name: str, parameter: Tensor, ternary: bool, heads: bool) -> float:
+    """Bits of each element in a GGUF file of type tq2_0 (q8_0 for a float model's matrices).
+
+    heads: those of multi-token prediction go into the file.
+    """
+    part = part_of(name)
+    if part.endswith(" heads") and not heads:
+        return 0.0
+    if parameter.ndim != 2 or part == "hyper-connections":
+        return 32.0
+    return TQ2_0_BITS if ternary and part not in ("embedding", "head") else EMBEDDING_BITS
+
+
+def planned_optimizer(cfg: dict[str, Any], module: NanoChatModule) -> Optimizer:
+    """The optimizer of a run over the module's parameters, without their memory.
+
+    Each parameter is one element, on the device of the run and seen in the parameter's shape: the optimizer chooses its
+    kernels by the device, as in a run.
+    """
+    device = find_device(cfg["trainer"]["accelerator"])
+    named = [
+        (name, torch.empty((), dtype=p.dtype, device=device).expand(p.shape).requires_grad_())
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    ]
+    return instantiate(cfg["optim"])(named_parameters=named)
+
+
+def count(cfg: dict[str, Any]) -> dict[str, Part]:
+    """Row of the table -> what it costs.
+
+    Nothing is allocated: the network, its objectives' heads and the optimizer's state tensors are all made on the meta
+    device, the latter by the rules that make them in a run, and counted as `optim/bytes` counts them. No shape is
+    multiplied, no size computed by a formula.
+
+    Args:
+        cfg: a settled configuration whose vocabulary is a number.
+    """
     with torch.device("meta"):
-        model = GPT(config)
-    counts: dict[str, int] = defaultdict(int)
-    for name, parameter in model.named_parameters():
-        counts[part_of(name)] += parameter.numel()
-    return dict(counts)
+        module = NanoChatModule(cfg)
+    parts: dict[str, Part] = defaultdict(Part)
+    planned = planned_optimizer(cfg, module).planned_bytes()
+    heads, ternary = mtp_heads(module.objectives.state_dict()) > 0, module.gpt.config.ternary
+    for name, parameter in module.named_parameters():
+        part = parts[part_of(name)]
+        part.parameters += parameter.numel()
+        part.optimizer_bytes += planned.get(name, 0)
+        part.file_bytes += parameter.numel() * file_bits(name, parameter, ternary, heads) / 8
+    return dict(parts)
+
+
+def table(parts: dict[str, Part], total: Part) -> Iterator[list[str]]:
+    """The cells of the table's rows."""
+    for name, part in (*parts.items(), ("all", total)):
+        share = f"{100 * part.parameters / total.parameters:.1f}%"
+        sizes = (4 * part.parameters, part.optimizer_bytes, part.file_bytes)
+        yield [name, f"{part.parameters:,}", share, *(f"{size / 1e6:,.1f}" for size in sizes)]
 
 
 def main(argv: list[str]) -> int:
     """Print the table; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="nanochat params", description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("overrides", nargs="*", help="as for training, such as model=d20 model.tied=false")
-    options = parser.parse_args(argv)
-    cfg = compose(options.overrides)
-    if cfg["model"]["vocab_size"] == "auto":
-        cfg["model"]["vocab_size"] = instantiate(cfg["tokenizer"]).vocab_size
-    config = model_config(cfg)
-    counts = count_parameters(config)
-    total = sum(counts.values())
-    rows: list[list[Any]] = []
-    shipped = 0.0
-    for part, count in counts.items():
-        matrices = part in ("attention", "feed-forward") and config.ternary
-        bits = TQ2_0_BITS if matrices else 32 if part == "norms" else EMBEDDING_BITS
-        shipped += count * bits / 8
-        rows.append(
-            [part, f"{count:,}", f"{100 * count / total:.1f}%", f"{4 * count / 1e6:,.1f}", f"{count * bits / 8e6:,.1f}"]
-        )
-    rows.append(["all", f"{total:,}", "100%", f"{4 * total / 1e6:,.1f}", f"{shipped / 1e6:,.1f}"])
+    parser = Parser("params", __doc__)
+    parser.add_argument("overrides", nargs="*", help="as for training, such as model=d20 optim=muon8bit +mtp=on")
+    options = parser.parse_intermixed_args(argv)
+    cfg = plan_vocabulary(settle(compose(options.overrides)))
+    parts = count(cfg)
+    total = Part(
+        sum(part.parameters for part in parts.values()),
+        sum(part.optimizer_bytes for part in parts.values()),
+        sum(part.file_bytes for part in parts.values()),
+    )
     if options.json:
-        print(json.dumps({"parameters": total, "parts": counts, "training_bytes": 8 * total, "file_bytes": shipped}))
+        figures = {
+            "parameters": total.parameters,
+            "parts": {name: part.parameters for name, part in parts.items()},
+            "optimizer_bytes": total.optimizer_bytes,
+            "optimizer_parts": {name: part.optimizer_bytes for name, part in parts.items()},
+            "training_bytes": 8 * total.parameters + total.optimizer_bytes,
+            "file_bytes": total.file_bytes,
+        }
+        print(json.dumps(figures))
         return 0
-    note = "Training also holds the gradients (as large as the weights), the optimizer's state and activations."
-    columns = ["part", "parameters", "share", "float32 MB", "GGUF MB (TQ2_0, Q8_0)"]
-    show(f"{config.n_layers} layers of width {config.dim}", columns, rows, [note])
+    model = cfg["model"]
+    note = "Training holds weights, gradients (as large as the weights), the optimizer's state, and activations."
+    columns = ["part", "parameters", "share", "float32 MB", "optimizer MB", "GGUF MB (TQ2_0, Q8_0)"]
+    title = f"{model['n_layers']} layers of width {model['dim']}, {model['vocab_size']:,} words"
+    show(title, columns, list(table(parts, total)), [note])
     return 0

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nanochat.config import check, plain_values
 from nanochat.data import DataModule
+from nanochat.device import default_precision, find_device
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.lightning.callbacks.base import PendingValidation
@@ -111,14 +112,21 @@ def settle(plain: dict[str, Any]) -> dict[str, Any]:
     """Decide every `auto` from the machine, and every relative path from the working folder."""
     plain = anchor_paths(plain)
     trainer = plain["trainer"]
-    if trainer.get("accelerator", "auto") == "auto":
-        trainer["accelerator"] = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+    accelerator = trainer.get("accelerator") or "auto"
+    device = find_device(accelerator)
+    if accelerator == "auto":
+        trainer["accelerator"] = device.type
     if trainer.get("precision") == "auto":
-        trainer["precision"] = "bf16-mixed" if trainer["accelerator"] in ("cuda", "gpu") else "32-true"
+        trainer["precision"] = default_precision(device)
     if plain.get("compile", "auto") == "auto":
-        plain["compile"] = trainer["accelerator"] in ("cuda", "gpu")
+        plain["compile"] = device.type == "cuda"
+    return plain
+
+
+def plan_vocabulary(plain: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with a number for a vocabulary of `auto`, for what works without the tokenizer itself."""
+    if plain["model"]["vocab_size"] == "auto":
+        return {**plain, "model": {**plain["model"], "vocab_size": build_data(plain).planned_vocab_size}}
     return plain
 
 

@@ -3,10 +3,19 @@
 import json
 
 import pytest
+import torch
 
-from nanochat import doctor, params
+import nanochat.cli
 from nanochat.bench import cli, loss, step
 from nanochat.errors import UserError
+from nanochat.lightning.callbacks.checkpoint import Checkpoint
+from nanochat.lightning.callbacks.guard import NonFiniteGuard
+from nanochat.lightning.callbacks.loss_plot import LossPlot
+from nanochat.lightning.callbacks.metrics import MetricsCSV
+from nanochat.lightning.callbacks.sampler import TextSampler
+from nanochat.lightning.callbacks.throughput import Throughput
+from nanochat.model import GPT
+from nanochat.run import build_trainer
 
 
 def test_loss(capsys):
@@ -18,27 +27,118 @@ def test_loss(capsys):
     assert figures["arms"]["dense"]["time_ratio"] == 1.0
 
 
+SMALL = ["model.n_layers=1", "model.dim=64", "model.n_heads=2", "model.n_kv_heads=2", "model.ffn_dim=64"]
+
+
 def test_step(capsys):
-    assert step.main(["--presets", "tiny", "--repeats", "1", "--no-lightning", "--json", "model.n_layers=1"]) == 0
+    words = ["model.tied=false", "--presets", "tiny", "--repeats", "1", "--no-lightning", "--json", *SMALL, "+mtp=on"]
+    assert step.main(words) == 0
     entry = json.loads(capsys.readouterr().out)["presets"]["tiny"]
     assert entry["tokens_per_second"] == pytest.approx(entry["tokens_per_step"] / entry["step_seconds"])
     assert set(entry["share"]) == {"embedding", "attention", "feed-forward", "head + loss", "optimizer", "data"}
 
 
-def test_lightning_s_share():
-    assert 0.3 < step.bench_lightning("tiny", "adamw", batch=1, steps=2, rounds=1)["lightning_ratio"] < 30
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--presets", "d21"], "there is no 'd21'; did you mean 'd20'\\?$"),
+        (["--presets", "d20", "nano-125m"], "'nano-125m' is no override .* --presets d20,nano-125m"),
+        (["--presets", "tiny", "model=d20"], "model=d20: .* --presets"),
+        (["--presets", "tiny", "model.n_layer=1"], "did you mean 'model.n_layers'"),
+        (["--presets", "tiny", "+collider=on"], "nanochat bench collider"),
+        (["--presets", "tiny", "trainer.precision=64-true"], "precision=64-true.* 32-true or bf16-mixed"),
+    ],
+)
+def test_step_s_mistakes(words, said):
+    with pytest.raises(UserError, match=said):
+        step.main([*words, "--no-lightning"])
+
+
+BENCHES = ("loss", "mtp", "collider", "export", "step", "optim")
+
+
+@pytest.mark.parametrize("name", BENCHES)
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many", "", "99999999999"])
+def test_counts(name, value):
+    with pytest.raises(UserError, match=f"nanochat bench {name}: .*--threads: {value} must be a whole number of at"):
+        cli.main([name, f"--threads={value}"])
+
+
+MISTAKES = """
+loss --repeats 0
+loss --tokens 0
+loss --dim -4
+loss --vocabulary 0
+mtp --batch 0
+mtp --seq-len 0
+mtp --repeats -1
+mtp --shape d21
+collider --batch -1
+collider --learn -1
+collider --sparsity 1
+collider --sparsity 0.4,x
+collider --sparsity nan
+collider --repeats 0
+collider --shape tinny
+export --tokens 0
+export --jsn
+step --repeats 0
+loss 5
+optim --repeats 0
+optim --presets d21
+optim --optim adamw,mun
+optim --presets d20 tiny
+"""
+
+
+@pytest.mark.parametrize("words", MISTAKES.strip().splitlines())
+def test_mistakes_are_one_sentence(words, capsys):
+    assert nanochat.cli.main(["bench", *words.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def lightning_run(monkeypatch, *overrides):
+    """The figures of a short comparison, and what its Trainer was."""
+    seen = []
+
+    def build(cfg, folder, loggers):
+        seen.append(build_trainer(cfg, folder, loggers))
+        return seen[0]
+
+    monkeypatch.setattr(step, "build_trainer", build)
+    cfg = step.configure("tiny", "adamw", [*SMALL, "trainer=cpu", *overrides])
+    return step.bench_lightning(cfg, batch=1, steps=2, rounds=1), seen[0]
+
+
+def test_lightning_s_share(monkeypatch):
+    figures, trainer = lightning_run(monkeypatch)
+    assert 0.3 < figures["lightning_ratio"] < 30
+    assert {NonFiniteGuard, Throughput, MetricsCSV} < {type(callback) for callback in trainer.callbacks}
+    assert not {Checkpoint, TextSampler, LossPlot} & {type(callback) for callback in trainer.callbacks}
+    assert trainer.global_step == 4
+
+
+def test_both_arms_clip_and_compute_alike(monkeypatch):
+    clipped, precisions = [], []
+    for name in ("clip_grad_norm_", "clip_grads_with_norm_"):
+        known = getattr(torch.nn.utils, name)
+        monkeypatch.setattr(
+            torch.nn.utils, name, lambda p, norm, *a, f=known, n=name: (clipped.append((n, norm)), f(p, norm, *a))
+        )
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, tokens: precisions.append(autocast()) or hidden(self, tokens))
+    lightning_run(monkeypatch, "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=0.5")
+    assert clipped == [("clip_grad_norm_", 0.5)] * 4 + [("clip_grads_with_norm_", 0.5)] * 4
+    assert precisions == [torch.bfloat16] * 8
+
+
+def autocast():
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
 def test_unknown_bench():
     with pytest.raises(UserError, match="did you mean 'step'"):
         cli.main(["stepp"])
-
-
-def test_params(capsys):
-    assert params.main(["--json", "model=d20"]) == 0
-    assert json.loads(capsys.readouterr().out)["parameters"] == pytest.approx(17.98e6, rel=0.01)
-
-
-def test_doctor(capsys):
-    assert doctor.main(["--json", "--seconds", "0.5"]) == 0
-    assert json.loads(capsys.readouterr().out)["ok"] is True

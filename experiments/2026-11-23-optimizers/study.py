@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from paired import Result, difference, parser, train
 
 BASE = [
-    "model=d20", "tokenizer.vocab_size=4096", "model.vocab_size=auto", "model.seq_len=128", "data.batch_size=8",
+    "model=d20", "model.vocab_size=4096", "model.seq_len=128", "data.batch_size=8",
     "schedule.warmup_steps=12", "data.val_tokens=20000",
 ]  # fmt: skip
 REFRESH = "optim.update_period=40"  # three projectors a run

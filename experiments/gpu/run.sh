@@ -21,9 +21,9 @@ check() { # name, seconds, command...
   fi
 }
 
-check doctor 60 doctor --json --seconds 3
+check doctor 120 doctor --json --seconds 3
 check loss 90 bench loss --tokens 32768 --dim 768 --json
-check step 150 bench step --presets d20 nano-125m --json
+check step 150 bench step --presets d20,nano-125m --json
 check optim 120 bench optim --presets nano-125m --json
 check collider 90 bench collider --json
 check mtp 90 bench mtp --json

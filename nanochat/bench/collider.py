@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from typing import Any
 
 import torch
 
-from nanochat.bench.measure import clock, report, show
+from nanochat.bench.measure import Parser, clock, count, count_or_zero, one_of, report, shares, show
 from nanochat.model import GPT, GPTConfig
 from nanochat.model.rows import KeptRows
 from nanochat.objectives import NextToken, Step
@@ -63,14 +62,11 @@ def arms(sparsities: list[float]) -> dict[str, float | None]:
 
 def main(argv: list[str]) -> int:
     """Measure and print; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="nanochat bench collider", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="nano-125m")
-    parser.add_argument("--batch", type=int, default=1, help="sequences of a step (1)")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.4, 0.5])
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--learn", type=int, default=0, metavar="STEPS", help="also train this long, filtered")
-    parser.add_argument("--json", action="store_true")
+    parser = Parser("bench collider", __doc__, repeats=9)
+    parser.add_argument("--shape", type=one_of(SHAPES), default="nano-125m", help=", ".join(SHAPES))
+    parser.add_argument("--batch", type=count, default=1, help="sequences of a step (1)")
+    parser.add_argument("--sparsity", type=shares, default=[0.4, 0.5], help="shares without a backward (0.4,0.5)")
+    parser.add_argument("--learn", type=count_or_zero, default=0, metavar="STEPS", help="also train so long, filtered")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     cuda = torch.cuda.is_available()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nanochat.bench.measure import clock, report, show
+from nanochat.bench.measure import Parser, clock, count, report, show
 from nanochat.config import compose
 from nanochat.data.tokenizer import Byte
 from nanochat.errors import UserError
@@ -62,14 +61,11 @@ def own_speed(run: Run, decoded: int) -> tuple[float, float]:
 
 def main(argv: list[str]) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="nanochat bench export", description=__doc__)
+    parser = Parser("bench export", __doc__)
     parser.add_argument("models", nargs="*", default=["tiny", "d20", "nano-125m"], help="presets, or run folders")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens to write (64)")
-    parser.add_argument("--threads", type=int, default=1, help="of either program (1)")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON, too")
+    parser.add_argument("--tokens", type=count, default=64, help="tokens to write (64)")
+    parser.add_argument("--threads", type=count, default=1, help="of either program (1)")
     options = parser.parse_args(argv)
-    if options.tokens < 1 or options.threads < 1:
-        raise UserError("--tokens and --threads must be at least 1.")
     torch.set_num_threads(options.threads)
     fetch()
     figures: dict[str, Any] = {}
@@ -95,11 +91,12 @@ def main(argv: list[str]) -> int:
             row["of_f16"] = row["bytes"] / rows["f16"]["bytes"]
         figures[name] = {**rows, "nanochat": {"read": read, "write": write}}
         table = [[k, r["bytes"] / 1e6, r["of_f16"], r["read"], r["write"]] for k, r in rows.items()]
-        show(
-            f"{name}: GGUF files in llama.cpp {RELEASE}, {options.threads} thread(s)",
-            ["type", "MB", "of f16", "read tokens/s", "write tokens/s"],
-            [*table, ["nanochat's own engine", "", "", read, write]],
-            [f"read: {PROMPT} tokens at once; write: {decoded} tokens one by one."],
-        )
+        if not options.json:
+            show(
+                f"{name}: GGUF files in llama.cpp {RELEASE}, {options.threads} thread(s)",
+                ["type", "MB", "of f16", "read tokens/s", "write tokens/s"],
+                [*table, ["nanochat's own engine", "", "", read, write]],
+                [f"read: {PROMPT} tokens at once; write: {decoded} tokens one by one."],
+            )
     report(figures, options.json)
     return 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from nanochat.bench.measure import in_child, interleaved, peak_extra_bytes, report, show
+from nanochat.bench.measure import Parser, count, in_child, interleaved, peak_extra_bytes, report, show
 from nanochat.objectives import linear_cross_entropy
 
 
@@ -59,13 +58,10 @@ def _times(shape: tuple[int, int, int], repeats: int) -> dict[str, float]:
 
 def main(argv: list[str]) -> int:
     """Measure and print; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="nanochat bench loss", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=50257)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
+    parser = Parser("bench loss", __doc__, repeats=3)
+    parser.add_argument("--tokens", type=count, default=8192)
+    parser.add_argument("--dim", type=count, default=256)
+    parser.add_argument("--vocabulary", type=count, default=50257)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     shape = (options.tokens, options.dim, options.vocabulary)

@@ -1,4 +1,4 @@
-"""Fair timing: arms interleaved in one process, medians, and ratios to the first arm.
+"""What the benches share: their options, and fair timing with arms interleaved in one process, medians and ratios.
 
 With one thread the clock is the process's CPU time, which a busy neighbour disturbs little; with more it is the wall
 clock. Single figures drift between processes, ratios within one run do not.
@@ -6,24 +6,110 @@ clock. Single figures drift between processes, ratios within one run do not.
 
 from __future__ import annotations
 
+import argparse
+import ctypes
 import json
+import math
 import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from nanochat.errors import UserError
+from nanochat.messages import did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's options, with `--json`; a mistake is a `UserError` of one sentence (exit code 2).
+
+    Args:
+        verb: the words after `nanochat`.
+        description: what `--help` says first.
+        repeats: default of `--repeats`; None leaves out the options of a timing, `--repeats` and `--threads`.
+    """
+
+    def __init__(self, verb: str, description: str | None, repeats: int | None = None) -> None:
+        super().__init__(prog=f"nanochat {verb}", description=description, allow_abbrev=False)
+        if repeats is not None:
+            self.add_argument("--repeats", type=count, default=repeats, help=f"rounds of each arm ({repeats})")
+            self.add_argument("--threads", type=count, default=1, help="threads of torch (1)")
+        self.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}{'' if message.endswith(('.', '?')) else '.'}")
+
+
+def count(text: str) -> int:
+    """Option type: a whole number of at least 1."""
+    return _whole(text, 1)
+
+
+def count_or_zero(text: str) -> int:
+    """Option type: a whole number of at least 0."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, low: int) -> int:
+    # more than 64 bits would not fit what torch makes of it
+    if not text.isascii() or not text.isdigit() or not low <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least {low}")
+    return int(text)
+
+
+def duration(text: str) -> float:
+    """Option type: seconds, more than 0."""
+    value = _number(text)
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a number of seconds above 0")
+    return value
+
+
+def shares(text: str) -> list[float]:
+    """Option type: numbers in [0, 1) with commas between them."""
+    values = [_number(part) for part in text.split(",")]
+    if not all(0.0 <= value < 1.0 for value in values):
+        raise argparse.ArgumentTypeError(f"{text} must be numbers from 0 to below 1 with commas between them")
+    return values
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def one_of(known: Iterable[str]) -> Callable[[str], str]:
+    """Option type: one of the names."""
+
+    def check(name: str) -> str:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"there is no {name!r}{did_you_mean(name, known)}")
+        return name
+
+    return check
+
+
+def some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Option type: names with commas between them, repeats left out."""
+    check = one_of(known)
+    return lambda text: list(dict.fromkeys(check(name) for name in text.split(",")))
 
 
 def clock() -> float:
     """Seconds: CPU time of this process with one thread on a CPU, else the wall clock after the device is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+        return time.perf_counter()
+    if torch.backends.mps.is_available():
+        torch.mps.synchronize()
         return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
@@ -93,6 +179,9 @@ def peak_extra_bytes(function: Callable[[], Any]) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # memory that was freed but kept would be used again without being seen
+        libc.malloc_trim(0)
     reset_peak()
     before = resident_bytes()
     function()

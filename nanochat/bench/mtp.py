@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from nanochat.bench.collider import SHAPES
-from nanochat.bench.measure import clock, in_child, peak_extra_bytes, report, show
+from nanochat.bench.measure import Parser, clock, count, in_child, one_of, peak_extra_bytes, report, show
 from nanochat.model import GPT, GPTConfig
 from nanochat.objectives import NextToken, Step
 from nanochat.objectives.mtp import MultiTokenPrediction
@@ -83,14 +82,11 @@ def _peak(config: GPTConfig, batch: int, name: str) -> int:
 
 def main(argv: list[str]) -> int:
     """Measure and print; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="nanochat bench mtp", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="nano-125m")
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a micro-batch (4)")
-    parser.add_argument("--seq-len", type=int, help="tokens of a sequence (the shape's)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = Parser("bench mtp", __doc__, repeats=5)
+    parser.add_argument("--shape", type=one_of(SHAPES), default="nano-125m", help=", ".join(SHAPES))
+    parser.add_argument("--batch", type=count, default=4, help="sequences of a micro-batch (4)")
+    parser.add_argument("--seq-len", type=count, help="tokens of a sequence (the shape's)")
     parser.add_argument("--no-memory", action="store_true", help="time only")
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     config = SHAPES[options.shape]

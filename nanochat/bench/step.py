@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
-import argparse
+import copy
+import statistics
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 from lightning import Callback, LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nanochat.bench.measure import clock, interleaved, report, seconds, show
+from nanochat.bench.measure import Parser, clock, interleaved, report, seconds, show, some_of
 from nanochat.config import compose
 from nanochat.data.dataset import TrainBatches
-from nanochat.lightning.module import NanoChatModule
-from nanochat.objectives import linear_cross_entropy
-from nanochat.run import settle
+from nanochat.device import find_device
+from nanochat.errors import UserError
+from nanochat.lightning.module import NanoChatModule, model_config
+from nanochat.model import GPTConfig
+from nanochat.objectives import Step, linear_cross_entropy
+from nanochat.run import build_trainer, plan_vocabulary, quieten, settle
 
 # preset: sequences of a micro-batch, micro-batches of a step
 SHAPES = {"tiny": (6, 1), "d20": (8, 4), "nano-125m": (1, 8)}
+PRECISIONS = ("32-true", "bf16-mixed")
+"""what a run takes by default, by Lightning's names"""
+EVERY_STEP = ("guard", "throughput", "metrics")
+"""the callbacks of conf/callbacks/default that do their work at every step"""
 
 
 class RandomTokens(LightningDataModule):
-    """`count` micro-batches of random tokens for a module, cut by the training loader's own code and kept ready."""
+    """`count` micro-batches of random tokens on a device, cut by the training loader's own code and kept ready."""
 
-    def __init__(self, module: NanoChatModule, batch: int, count: int) -> None:
+    def __init__(self, config: GPTConfig, batch: int, count: int, device: torch.device) -> None:
         super().__init__()
-        config = module.gpt.config
         size = batch * count * config.seq_len
         tokens = np.random.default_rng(0).integers(config.vocab_size, size=size + 2 * config.seq_len)
         self.source = TrainBatches(tokens, config.seq_len, batch, seed=0, vocab_size=config.vocab_size)
         self.batches = [
-            {name: tensor.to(module.device) for name, tensor in self.source.batch(i).items()} for i in range(count)
+            {name: tensor.to(device) for name, tensor in self.source.batch(i).items()} for i in range(count)
         ]
         self.consumed = 0
         self.eot_id = None
@@ -45,28 +52,44 @@ class RandomTokens(LightningDataModule):
         return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
 
 
-def build(preset: str, optim: str, overrides: list[str]) -> NanoChatModule:
-    """The module of a preset as a user starts it, on the device that `auto` takes."""
-    cfg = settle(compose([f"model={preset}", f"optim={optim}", "trainer.max_steps=1000", *overrides]))
-    module = NanoChatModule(cfg).to("cuda" if cfg["trainer"]["accelerator"] in ("cuda", "gpu") else "cpu")
+def configure(preset: str, optim: str, overrides: Sequence[str] = (), max_steps: int = 1000) -> dict[str, Any]:
+    """The settled configuration of a preset as a user starts it, on the device that `auto` takes.
+
+    Raises `UserError` for what a bench of steps cannot measure.
+    """
+    words = [f"model={preset}", f"optim={optim}", f"trainer.max_steps={max_steps}"]
+    cfg = plan_vocabulary(settle(compose([*words, *overrides])))
+    if (cfg.get("collider") or {}).get("_target_"):
+        raise UserError("bench step trains on all tokens; +collider=on is measured by `nanochat bench collider`.")
+    if cfg["trainer"]["precision"] not in PRECISIONS:
+        known = " or ".join(PRECISIONS)
+        raise UserError(f"trainer.precision={cfg['trainer']['precision']}: bench step measures {known}.")
+    return cfg
+
+
+def build(cfg: dict[str, Any]) -> NanoChatModule:
+    """The module of a settled configuration on its device, compiled where a run compiles it."""
+    module = NanoChatModule(cfg).to(find_device(cfg["trainer"]["accelerator"]))
     module.configure_model()
     return module
 
 
 def precision(module: NanoChatModule) -> torch.autocast:
     """The precision in which the Trainer would run the forward pass."""
-    return torch.autocast(module.device.type, torch.bfloat16, enabled="bf16" in module.cfg["trainer"]["precision"])
+    return torch.autocast(module.device.type, torch.bfloat16, enabled=module.cfg["trainer"]["precision"] != "32-true")
 
 
 def loss_of(module: NanoChatModule, batch: dict[str, Tensor]) -> Tensor:
-    """Forward through the network and the head, as a training step does."""
+    """Forward through the network, the head and all objectives, as a training step does."""
     with precision(module):
-        hidden = module.gpt.hidden(batch["tokens"])
-        return linear_cross_entropy(hidden, module.gpt.head_weight(), batch["targets"]).loss
+        step = Step(module.gpt, batch["tokens"], batch["targets"], hidden=module.gpt.hidden(batch["tokens"]))
+        return torch.stack([objective(step) for objective in module.objectives.values()]).sum()
 
 
 def optimizer_step(module: NanoChatModule, optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer's part of a step."""
+    """The optimizer's part of a step, with the clipping before it."""
+    if clip := module.cfg["trainer"].get("gradient_clip_val"):
+        torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
     optimizer.set_progress(500, 1000, module.schedule)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()
@@ -109,11 +132,15 @@ def parts(module: NanoChatModule, batch: dict[str, Tensor]) -> dict[str, Callabl
     return {"embedding": embedding, "attention": attention, "feed-forward": feedforward, "head + loss": head}
 
 
-def bench_preset(preset: str, optim: str, batch: int, accumulate: int, repeats: int, overrides: list[str]) -> dict:
-    """Tokens per second of a whole step, and the share of each part in it."""
-    module = build(preset, optim, overrides)
+def bench_preset(cfg: dict[str, Any], batch: int, accumulate: int, repeats: int) -> dict[str, Any]:
+    """Tokens per second of a whole step in a plain loop, and the share of each part in it.
+
+    Args:
+        cfg: as `configure` gives it. batch: sequences of a micro-batch. accumulate: micro-batches of a step.
+    """
+    module = build(cfg)
     config = module.gpt.config
-    data = RandomTokens(module, batch, accumulate)
+    data = RandomTokens(config, batch, accumulate, module.device)
     optimizer = module.configure_optimizers()
 
     def data_part() -> None:
@@ -154,12 +181,30 @@ class _Clock(Callback):
             self.marks.append(clock())
 
 
-def bench_lightning(preset: str, optim: str, batch: int, steps: int, rounds: int) -> dict[str, float]:
-    """Seconds of a step under the Trainer with our module's hooks, over those of a bare loop, rounds interleaved."""
+def bench_lightning(cfg: dict[str, Any], batch: int, steps: int, rounds: int) -> dict[str, float]:
+    """Seconds of an optimizer step under the Trainer over those of a plain loop: the framework's own cost.
+
+    Both arms have the same network and objectives, the same batches ready on the device, the same precision,
+    compilation and gradient clipping, one micro-batch a step, and a clock that is read after every step (which on a
+    GPU waits for it). The Trainer's arm is built as a run is, and has besides what a run does at every step: the guard
+    against non-finite gradients, the throughput and a row of metrics.csv. Not in it: the sampler, loss.png and the
+    checkpoints, which do not come at every step, the progress bar, the signals, validation and the loading of data.
+
+    Args:
+        cfg: as `configure` gives it. batch: sequences of a step.
+        steps: measured in each arm, after two that warm up. rounds: of both arms in turn; medians count.
+    """
+    cfg = copy.deepcopy(cfg)
+    cfg["trainer"] |= {
+        "max_steps": steps + 2, "max_time": None, "accumulate_grad_batches": 1, "limit_val_batches": 0,
+        "enable_progress_bar": False,
+    }  # fmt: skip
+    cfg["callbacks"] = {name: node for name, node in (cfg.get("callbacks") or {}).items() if name in EVERY_STEP}
+    device = find_device(cfg["trainer"]["accelerator"])
+    data = RandomTokens(model_config(cfg), batch, steps + 2, device)
 
     def bare() -> float:
-        module = build(preset, optim, [])
-        data = RandomTokens(module, batch, steps + 2)
+        module = build(cfg)
         optimizer, marks = module.configure_optimizers(), []
         for micro in data.batches:
             bare_step(module, optimizer, [micro])
@@ -167,53 +212,71 @@ def bench_lightning(preset: str, optim: str, batch: int, steps: int, rounds: int
         return (marks[-1] - marks[1]) / steps
 
     def trainer() -> float:
-        module = build(preset, optim, [])
-        data = RandomTokens(module, batch, steps + 2)
         marks = _Clock()
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            lightning.Trainer(
-                max_steps=steps + 2, max_epochs=-1, callbacks=[marks], logger=False, enable_checkpointing=False,
-                enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
-                accelerator=str(module.device.type), devices=1, default_root_dir=folder, use_distributed_sampler=False,
-            ).fit(module, datamodule=data)  # fmt: skip
+            lightning_trainer = build_trainer(cfg, Path(folder), [])
+            lightning_trainer.callbacks.append(marks)  # type: ignore[attr-defined]
+            lightning_trainer.fit(NanoChatModule(cfg), datamodule=data)
         return (marks.marks[-1] - marks.marks[1]) / steps
 
+    quieten()
     pairs = [(bare(), trainer()) for _ in range(rounds)]
-    ratios = sorted(t / b for b, t in pairs)
-    return {"bare_step_seconds": pairs[0][0], "lightning_ratio": ratios[len(ratios) // 2]}
+    return {
+        "bare_step_seconds": statistics.median(seconds for seconds, _ in pairs),
+        "lightning_ratio": statistics.median(trainer / bare for bare, trainer in pairs),
+    }
+
+
+def check_overrides(words: list[str]) -> list[str]:
+    """The configuration overrides of the command line; raises `UserError` for what is none."""
+    for word in words:
+        if "=" not in word and not word.startswith("~"):
+            raise UserError(
+                f"{word!r} is no override such as model.ternary=false; several presets have commas between them: "
+                "--presets d20,nano-125m."
+            )
+        if word.split("=")[0] in ("model", "optim", "experiment"):
+            raise UserError(f"{word}: bench step takes its networks by --presets and its optimizer by --optim.")
+    return words
 
 
 def main(argv: list[str]) -> int:
     """Measure and print; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="nanochat bench step", description=__doc__)
-    parser.add_argument("--presets", nargs="+", default=["d20", "nano-125m"], choices=SHAPES)
+    parser = Parser("bench step", __doc__, repeats=3)
+    presets = f"with commas between them, of {', '.join(SHAPES)} (d20,nano-125m)"
+    parser.add_argument("--presets", type=some_of(SHAPES), default=["d20", "nano-125m"], help=presets)
     parser.add_argument("--optim", default="muon")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-lightning", action="store_true", help="leave out the comparison with a bare loop")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*", help="configuration overrides, such as model.ternary=false")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
+    overrides = check_overrides(options.overrides)
     torch.set_num_threads(options.threads)
     figures: dict[str, Any] = {"presets": {}}
     rows = []
     for preset in options.presets:
         batch, accumulate = SHAPES[preset]
-        entry = bench_preset(preset, options.optim, batch, accumulate, options.repeats, options.overrides)
+        cfg = configure(preset, options.optim, overrides)
+        entry = bench_preset(cfg, batch, accumulate, options.repeats)
         figures["presets"][preset] = entry
         rows.append(
             [preset, f"{entry['tokens_per_step']:,}", f"{entry['tokens_per_second']:,.0f}"]
             + [f"{100 * share:.1f}%" for share in entry["share"].values()]
         )
     if not options.no_lightning:
-        figures.update(bench_lightning("tiny", options.optim, 6, steps=12, rounds=3))
+        batch, _ = SHAPES["tiny"]
+        figures.update(bench_lightning(configure("tiny", options.optim, overrides), batch, steps=12, rounds=3))
     if not options.json:
         parts_of = list(next(iter(figures["presets"].values()))["share"])
-        note = "Each part is timed alone; the rest of a step is additions, norms and bookkeeping."
-        notes = [note]
+        notes = [
+            "Each part is timed alone; the rest of a step is additions, norms and bookkeeping. "
+            "The optimizer's part includes the clipping."
+        ]
         if "lightning_ratio" in figures:
-            notes.append(f"A step of tiny under Lightning takes {figures['lightning_ratio']:.3f} x a bare loop's.")
+            notes.append(
+                f"A step of tiny under Lightning, with the callbacks that work at every step "
+                f"({', '.join(EVERY_STEP)}), takes {figures['lightning_ratio']:.3f} x a bare loop's."
+            )
         title = f"Training step, {options.optim}, {options.threads} thread(s)"
         show(title, ["preset", "tokens a step", "tokens/s", *parts_of], rows, notes)
     report(figures, options.json)

@@ -210,6 +210,11 @@ class DataModule(lightning.LightningDataModule):
         return self.tokenizer.vocab_size
 
     @property
+    def planned_vocab_size(self) -> int:
+        """`vocab_size` before anything is prepared; a BPE that finds too little text will have fewer tokens."""
+        return self.vocab_size if self.corpus == "synthetic" else self._spec.vocab_size
+
+    @property
     def eot_id(self) -> int | None:
         """The token before each document; None where there are no documents."""
         return None if self.corpus == "synthetic" else self.tokenizer.eot_id

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from nanochat.device import find_device
 from nanochat.errors import UserError
 from nanochat.inference.engine import encode_prompt, generate_tokens, inference_copy
 from nanochat.inference.sampling import Sampling
@@ -48,10 +49,8 @@ class TextStream:
 
 def pick_device(name: str) -> torch.device:
     """`auto`, or a device's name; raises `UserError` for one that this machine lacks."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = find_device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used on this machine.") from error

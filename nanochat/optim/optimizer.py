@@ -16,6 +16,11 @@ MATCHED = ("kernels", "block_size", "rank")
 """options that decide what a saved state means"""
 
 
+def tensor_bytes(state: State) -> int:
+    """Bytes of the tensors of one parameter's state."""
+    return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
+
+
 class Optimizer(torch.optim.Optimizer):
     """Moves each group's parameters by the group's rule; there are no optimizers inside.
 
@@ -98,13 +103,23 @@ class Optimizer(torch.optim.Optimizer):
     def state_bytes(self, group: str | None = None) -> int:
         """Bytes of all state tensors, or of one group's; nothing is allocated before a parameter's first step."""
         return sum(
-            value.numel() * value.element_size()
+            tensor_bytes(self.state.get(parameter, {}))
             for one in self.param_groups
             if group is None or one["name"] == group
             for parameter in one["params"]
-            for value in self.state.get(parameter, {}).values()
-            if isinstance(value, Tensor)
         )
+
+    def planned_bytes(self) -> dict[str, int]:
+        """Parameter name -> bytes of its state tensors once it has moved: of the very tensors that the rule makes then,
+        made on the meta device, so that nothing is allocated. Their sum will be `state_bytes()`."""
+        return {
+            name: tensor_bytes(self._planned_state(group, i, parameter))
+            for group in self.param_groups
+            for i, (name, parameter) in enumerate(zip(group["names"], group["params"], strict=True))
+        }
+
+    def _planned_state(self, group: Group, index: int, parameter: Tensor) -> State:
+        return self.rules[group["rule"]].init(torch.empty_like(parameter, device="meta"), group, index)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """{state: {parameter name: {key: tensor or number}}, groups: [...], skipped_steps}."""
@@ -157,8 +172,7 @@ class Optimizer(torch.optim.Optimizer):
                 )
 
     def _take_over(self, saved: State, group: Group, index: int, name: str, parameter: Tensor) -> State:
-        meta = torch.empty_like(parameter, device="meta")
-        expected = self.rules[group["rule"]].init(meta, group, index)
+        expected = self._planned_state(group, index, parameter)
         if set(saved) != set(expected):
             difference = ", ".join(sorted(set(saved) ^ set(expected)))
             raise UserError(

@@ -125,6 +125,17 @@ def test_state_bytes_are_counted_from_tensors():
     assert sum(optimizer.state_bytes(g) for g in groups) == optimizer.state_bytes()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_are_known_before_the_first_step(name):
+    net = Net(vocab=256, dim=128, wide=256)
+    optimizer = make(name, net)
+    planned = optimizer.planned_bytes()
+    assert optimizer.state_bytes() == 0
+    train(net, optimizer, 0, 1)
+    assert sum(planned.values()) == optimizer.state_bytes()
+    assert planned.keys() == optimizer.state_dict()["state"].keys()
+
+
 def test_a_foreign_state_is_refused_by_name():
     net = Net()
     muon, adamw = make("muon", net), make("adamw", net)
