@@ -132,10 +132,16 @@ def equal_runs(one: Path, other: Path) -> None:
     assert len(names) == 4  # of three steps, and nothing half-written
 
 
-@pytest.mark.parametrize("optim", OPTIMIZERS)
+FEATURES = {
+    "streams": ["+mhc=on", "mhc.streams=4"],
+    "dynamic-streams": ["+mhc=on", "mhc.maps=dynamic", "optim=muon8bit", "+mtp=on", "+collider=on"],
+}
+
+
+@pytest.mark.parametrize("optim", [*OPTIMIZERS, *FEATURES])
 def test_each_optimizer(place: Path, optim: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every source of random numbers drawn from in each micro-step, and a crash in the middle of a step."""
-    settings = [*QUICK, f"optim={optim}"]
+    settings = [*QUICK, *FEATURES.get(optim, [f"optim={optim}"])]
     original = NanoChatModule.training_step
 
     def noisy(self: NanoChatModule, batch: Any, batch_idx: int) -> torch.Tensor:
