@@ -16,7 +16,8 @@ from nanochat.run import train
 from tests.runs import configure, read_metrics, read_state, same
 
 HOPELESS = [
-    "callbacks=early_stopping", "callbacks.early_stopping.patience=2", "optim=adamw", "optim.lr=0", "optim.tied_lr=null",
+    "callbacks=early_stopping", "callbacks.early_stopping.patience=2", "optim=adamw", "optim.lr=0",
+    "optim.tied_lr=null",  # every rate is optim.lr
     "trainer.max_steps=40", "trainer.val_check_interval=2", "trainer.accumulate_grad_batches=2",
     "callbacks.checkpoint.every_n_train_steps=1", "callbacks.checkpoint.keep=null",
     "~callbacks.sampler", "~callbacks.loss_plot", "~callbacks.progress",
