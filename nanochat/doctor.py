@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 
-from nanochat.bench.measure import Parser, duration, show
-from nanochat.bench.step import RandomTokens
 from nanochat.config import compose
+from nanochat.console import Parser, duration, show
+from nanochat.data.random_tokens import RandomTokens
 from nanochat.device import find_device
 from nanochat.lightning.callbacks.base import StepCallback
 from nanochat.lightning.module import NanoChatModule, model_config

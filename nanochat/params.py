@@ -12,8 +12,8 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from nanochat.bench.measure import Parser, show
 from nanochat.config import compose
+from nanochat.console import Parser, show
 from nanochat.device import find_device
 from nanochat.export.gguf_tensors import mtp_heads
 from nanochat.lightning.module import NanoChatModule

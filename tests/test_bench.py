@@ -72,14 +72,14 @@ loss --vocabulary 0
 mtp --batch 0
 mtp --seq-len 0
 mtp --repeats -1
-mtp --shape d21
+mtp --preset d21
 collider --batch -1
 collider --learn -1
 collider --sparsity 1
 collider --sparsity 0.4,x
 collider --sparsity nan
 collider --repeats 0
-collider --shape tinny
+collider --preset tinny
 export --tokens 0
 export --jsn
 step --repeats 0

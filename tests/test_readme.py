@@ -43,7 +43,12 @@ def test_command(command, tmp_path, monkeypatch):
         if verb == "bench":
             assert (Path(bench.__file__).parent / f"{words[0]}.py").exists()
             return
-        if verb == "train":
+        if verb == "compare":
+            from nanochat.compare import parser
+
+            options = parser().parse_intermixed_args(words)
+            words = [*options.overrides, *shlex.split(" ".join(options.arms or []))]
+        elif verb == "train":
             words = [w for w in words if "=" in w]
         elif verb != "params":
             return

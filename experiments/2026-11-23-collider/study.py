@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from paired import compare, parser, train
+from nanochat.compare import study, study_parser
+from nanochat.paired import train
 
 SPARSITIES = (0.2, 0.4, 0.5)
 
 
 def main() -> None:
-    options = parser(__doc__, 120, ["experiment=tiny", "data.val_tokens=40000"])
+    options = study_parser(__doc__, 120, ["experiment=tiny", "data.val_tokens=40000"])
     options.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES)
     options.add_argument("--scores", nargs="+", default=["loss", "excess", "random"])
     options.add_argument("--clock", type=float, nargs="*", default=[0.4], help="sparsities compared at equal time, too")
@@ -29,7 +26,7 @@ def main() -> None:
         for sparsity in given.sparsity:
             arms[f"{score}-{sparsity:g}"] = ["+collider=on", f"collider.sparsity={sparsity:g}", *extra]
     timed = [f"{score}-{sparsity:g}" for score in given.scores for sparsity in given.clock]
-    compare(given, arms, "off", [arm for arm in timed if arm in arms])
+    study(given, arms, [arm for arm in timed if arm in arms])
 
 
 if __name__ == "__main__":

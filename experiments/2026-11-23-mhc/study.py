@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from paired import compare, parser
+from nanochat.compare import study, study_parser
 
 ARMS = {
     "off": [],
@@ -16,5 +12,5 @@ ARMS = {
 }
 
 if __name__ == "__main__":
-    given = parser(__doc__, 120, ["experiment=tiny", "data.val_tokens=40000"]).parse_args()
-    compare(given, ARMS, "off", [arm for arm in ARMS if arm != "off"])
+    given = study_parser(__doc__, 120, ["experiment=tiny", "data.val_tokens=40000"]).parse_args()
+    study(given, ARMS, [arm for arm in ARMS if arm != "off"])

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from paired import Result, compare, parser
-
+from nanochat.compare import study, study_parser
 from nanochat.inference import Sampling, generate_tokens, inference_copy
 from nanochat.inference.speculative import Speculator, heads_of
 from nanochat.model.checkpoint import load_run
+from nanochat.paired import Result
 from nanochat.run import build_data
 
 ARMS = {
@@ -63,6 +60,6 @@ def drafting(results: list[Result]) -> None:
 
 
 if __name__ == "__main__":
-    given = parser(__doc__, 160, ["experiment=tiny", "data.val_tokens=40000"]).parse_args()
-    equal = compare(given, ARMS, "off", [arm for arm in ARMS if arm != "off"])
-    drafting(equal["sequential"])
+    given = study_parser(__doc__, 160, ["experiment=tiny", "data.val_tokens=40000"]).parse_args()
+    found = study(given, ARMS, [arm for arm in ARMS if arm != "off"])
+    drafting(found.equal["sequential"])

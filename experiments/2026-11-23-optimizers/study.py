@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from paired import Result, difference, parser, train
+from nanochat.compare import study_parser
+from nanochat.paired import Result, difference, train
 
 BASE = [
     "model=d20", "model.vocab_size=4096", "model.seq_len=128", "data.batch_size=8",
@@ -54,7 +53,7 @@ def descend(loss: Callable[[float], float], start: float, factor: float = 2.0, r
 
 
 def main() -> None:
-    given = parser(__doc__, 120, BASE).parse_args()
+    given = study_parser(__doc__, 120, BASE).parse_args()
     out: Path = given.out
 
     def tune(optim: str, rates: dict[str, float]) -> dict[str, float]:

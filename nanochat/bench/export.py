@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanochat.bench.measure import Parser, clock, count, report, show
-from nanochat.config import compose
+from nanochat.bench.measure import clock, network, report
+from nanochat.console import Parser, count, show
 from nanochat.data.tokenizer import Byte
 from nanochat.errors import UserError
 from nanochat.export.gguf import check_type, export_gguf
 from nanochat.export.llama_cpp import RELEASE, LlamaModel, fetch
 from nanochat.export.packing import TYPES
 from nanochat.inference.engine import Decoder, inference_copy
-from nanochat.lightning.module import model_config
 from nanochat.model import GPT
 from nanochat.model.checkpoint import Run, load_run
 
@@ -26,8 +24,7 @@ PROMPT = 64  # tokens
 
 def random_run(preset: str, folder: Path) -> Run:
     """An untrained network of a preset's shape: sizes and speeds do not depend on what the weights say."""
-    config = model_config(compose([f"model={preset}", "callbacks=none"]))
-    config = dataclasses.replace(config, zero_init=False, streams=1)
+    config = network(preset, zero_init=False)
     Byte().build().save(folder / "tokenizer.json")
     return Run(folder, folder / "none.ckpt", GPT(config, seed=0), config)
 

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat.bench.measure import Parser, count, in_child, interleaved, peak_extra_bytes, report, show
+from nanochat.bench.measure import in_child, interleaved, peak_extra_bytes, report
+from nanochat.console import Parser, count, show
+from nanochat.device import find_device
 from nanochat.objectives import linear_cross_entropy
 
 
 def _inputs(tokens: int, dim: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device()
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(1, tokens, dim, device=device, generator=generator, requires_grad=True)
     weight = torch.randn(vocabulary, dim, device=device, generator=generator).mul_(0.02).requires_grad_()

@@ -1,4 +1,4 @@
-"""What the benches share: their options, and fair timing with arms interleaved in one process, medians and ratios.
+"""What the benches share: fair timing with arms interleaved in one process, medians and ratios, and peak memory.
 
 With one thread the clock is the process's CPU time, which a busy neighbour disturbs little; with more it is the wall
 clock. Single figures drift between processes, ratios within one run do not.
@@ -6,112 +6,63 @@ clock. Single figures drift between processes, ratios within one run do not.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
-import math
 import multiprocessing
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from nanochat.errors import UserError
-from nanochat.messages import did_you_mean
+from nanochat.config import CONF, compose
+from nanochat.device import default_precision, find_device
+from nanochat.lightning.module import model_config
+from nanochat.model import GPTConfig
 
-
-class Parser(argparse.ArgumentParser):
-    """A command's options, with `--json`; a mistake is a `UserError` of one sentence (exit code 2).
-
-    Args:
-        verb: the words after `nanochat`.
-        description: what `--help` says first.
-        repeats: default of `--repeats`; None leaves out the options of a timing, `--repeats` and `--threads`.
-    """
-
-    def __init__(self, verb: str, description: str | None, repeats: int | None = None) -> None:
-        super().__init__(prog=f"nanochat {verb}", description=description, allow_abbrev=False)
-        if repeats is not None:
-            self.add_argument("--repeats", type=count, default=repeats, help=f"rounds of each arm ({repeats})")
-            self.add_argument("--threads", type=count, default=1, help="threads of torch (1)")
-        self.add_argument("--json", action="store_true", help="print the figures as JSON")
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}{'' if message.endswith(('.', '?')) else '.'}")
+Arm = TypeVar("Arm", bound=Hashable)
+Result = TypeVar("Result")
 
 
-def count(text: str) -> int:
-    """Option type: a whole number of at least 1."""
-    return _whole(text, 1)
+def network(preset: str, **changes: Any) -> GPTConfig:
+    """The network of `model=PRESET`, with other values for some of its fields."""
+    return replace(model_config(compose([f"model={preset}"])), **changes)
 
 
-def count_or_zero(text: str) -> int:
-    """Option type: a whole number of at least 0."""
-    return _whole(text, 0)
+def presets() -> list[str]:
+    """The names that `model=` takes."""
+    return options_of("model")
 
 
-def _whole(text: str, low: int) -> int:
-    # more than 64 bits would not fit what torch makes of it
-    if not text.isascii() or not text.isdigit() or not low <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least {low}")
-    return int(text)
+def options_of(group: str) -> list[str]:
+    """The options of a group of the configuration that stand on their own."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "base")
 
 
-def duration(text: str) -> float:
-    """Option type: seconds, more than 0."""
-    value = _number(text)
-    if not 0.0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be a number of seconds above 0")
-    return value
+class Workplace:
+    """Where the benches compute, and how precisely: as a run does by default."""
 
+    def __init__(self) -> None:
+        self.device = find_device()
+        self.mixed = default_precision(self.device) != "32-true"
 
-def shares(text: str) -> list[float]:
-    """Option type: numbers in [0, 1) with commas between them."""
-    values = [_number(part) for part in text.split(",")]
-    if not all(0.0 <= value < 1.0 for value in values):
-        raise argparse.ArgumentTypeError(f"{text} must be numbers from 0 to below 1 with commas between them")
-    return values
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def one_of(known: Iterable[str]) -> Callable[[str], str]:
-    """Option type: one of the names."""
-
-    def check(name: str) -> str:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"there is no {name!r}{did_you_mean(name, known)}")
-        return name
-
-    return check
-
-
-def some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
-    """Option type: names with commas between them, repeats left out."""
-    check = one_of(known)
-    return lambda text: list(dict.fromkeys(check(name) for name in text.split(",")))
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
 
 
 def clock() -> float:
     """Seconds: CPU time of this process with one thread on a CPU, else the wall clock after the device is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    if torch.backends.mps.is_available():
-        torch.mps.synchronize()
-        return time.perf_counter()
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+    device = find_device().type
+    if device == "cpu":
+        return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+    getattr(torch, device).synchronize()
+    return time.perf_counter()
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -121,15 +72,37 @@ def seconds(function: Callable[[], Any]) -> float:
     return clock() - start
 
 
-def interleaved(arms: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, float]:
-    """Median seconds of each arm; in each round every arm runs once, so that drift hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
+def rounds(
+    arms: Mapping[Arm, Callable[[], Result]], repeats: int, warm_up: int = 1, say: bool = False
+) -> dict[Arm, list[Result]]:
+    """What each arm gives in each round; in a round every arm runs once, so that drift hits all alike.
+
+    say: tell on stderr after each round how far it is.
+    """
+    results: dict[Arm, list[Result]] = {name: [] for name in arms}
+    start = time.monotonic()
     for turn in range(warm_up + repeats):
         for name, function in arms.items():
-            taken = seconds(function)
+            result = function()
             if turn >= warm_up:
-                times[name].append(taken)
-    return {name: statistics.median(values) for name, values in times.items()}
+                results[name].append(result)
+        if say:
+            passed = time.monotonic() - start
+            print(f"round {turn + 1} of {warm_up + repeats}, {passed:.0f} s", file=sys.stderr, flush=True)
+    return results
+
+
+def interleaved(
+    arms: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1, say: bool = False
+) -> dict[str, float]:
+    """Median seconds of each arm, in turns as `rounds` takes them."""
+    timed = {name: (lambda function=function: seconds(function)) for name, function in arms.items()}
+    return {name: statistics.median(taken) for name, taken in rounds(timed, repeats, warm_up, say).items()}
+
+
+def paired_ratio(arm: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the rounds of arm / base: what slows the machine down for a while slows down both."""
+    return statistics.median(a / b for a, b in zip(arm, base, strict=True))
 
 
 def _peak_in_child(function: Callable[..., Any], arguments: tuple, pipe: Any) -> None:
@@ -150,6 +123,11 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
         raise RuntimeError(f"the measuring process of {function.__name__} died.") from error
     finally:
         child.join()
+
+
+def measures_memory() -> bool:
+    """Whether `peak_extra_bytes` works here: on CUDA, and on Linux's CPUs."""
+    return torch.cuda.is_available() or os.access("/proc/self/clear_refs", os.W_OK)
 
 
 def resident_bytes() -> int:
@@ -186,19 +164,6 @@ def peak_extra_bytes(function: Callable[[], Any]) -> int:
     before = resident_bytes()
     function()
     return peak_resident_bytes() - before
-
-
-def show(title: str, columns: list[str], rows: list[list[Any]], notes: list[str] | None = None) -> None:
-    """Print a table."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
-    for row in rows:
-        table.add_row(*[f"{cell:,.3g}" if isinstance(cell, float) else str(cell) for cell in row])
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    for note in notes or []:
-        console.print(note, highlight=False)
 
 
 def machine() -> dict[str, Any]:

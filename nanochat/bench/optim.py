@@ -9,16 +9,31 @@ parameter that is built (d20-e3-full on a CPU: 86M parameters, 5 GB in all).
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat.bench.measure import Parser, in_child, interleaved, peak_extra_bytes, report, show, some_of
-from nanochat.config import CONF, compose
-from nanochat.lightning.module import model_config
+from nanochat.bench.measure import (
+    in_child,
+    interleaved,
+    measures_memory,
+    network,
+    options_of,
+    paired_ratio,
+    peak_extra_bytes,
+    presets,
+    report,
+    rounds,
+    seconds,
+)
+from nanochat.config import compose
+from nanochat.console import Parser, show, some_of
+from nanochat.device import find_device
 from nanochat.model import GPT
 from nanochat.optim import Optimizer, build
 from nanochat.optim.optimizer import tensor_bytes
@@ -39,11 +54,6 @@ OPTIMIZERS = (
 TABLES = ("embedding", "tied_embedding", "head")
 
 
-def names(group: str) -> list[str]:
-    """The options of a group of the configuration that stand on their own."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "base")
-
-
 class Shapes:
     """Parameters of a preset with random gradients.
 
@@ -51,15 +61,14 @@ class Shapes:
     """
 
     def __init__(self, preset: str, whole: bool | None = None) -> None:
-        config = model_config(compose([f"model={preset}"]))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.whole = device == "cuda" if whole is None else whole
+        config, device = network(preset), find_device()
+        self.whole = device.type == "cuda" if whole is None else whole
         self.copies = 1 if self.whole else config.n_layers
         generator = torch.Generator(device).manual_seed(0)
         self.parameters: list[tuple[str, Tensor]] = []
         with torch.device("meta"):
-            network = GPT(config)
-        for name, like in network.named_parameters():
+            gpt = GPT(config)
+        for name, like in gpt.named_parameters():
             if name.startswith("blocks.") and not name.startswith("blocks.0.") and not self.whole:
                 continue
             parameter = torch.randn(like.shape, device=device, generator=generator).mul_(0.02).requires_grad_()
@@ -113,19 +122,26 @@ def _measure(preset: str, names: list[str], repeats: int) -> dict[str, Any]:
         optimizer.step()  # states, and the first projectors
     arms = {}
     for name, optimizer in optimizers.items():
-        arms[name, "tables"] = lambda o=optimizer: _move(o, tables=True)
-        arms[name, "layer"] = lambda o=optimizer: _move(o, tables=False)
-    seconds = interleaved(arms, repeats)  # type: ignore[arg-type]
+        arms[name, "tables"] = partial(seconds, partial(_move, optimizer, tables=True))
+        arms[name, "layer"] = partial(seconds, partial(_move, optimizer, tables=False))
+    taken = rounds(arms, repeats, say=True)
+    times: dict[str, list[float]] = {}  # of the whole network, in each round
+    matrices: dict[str, list[float]] = {}
+    for name, optimizer in optimizers.items():
+        layers = taken[name, "layer"]
+        extra = _refresh_share(optimizer, statistics.median(layers), partial(_move, optimizer, tables=False))
+        matrices[name] = [shapes.copies * (layer + extra) for layer in layers]
+        times[name] = [tables + layer for tables, layer in zip(taken[name, "tables"], matrices[name], strict=True)]
     figures = {}
     for name, optimizer in optimizers.items():
-        layer = seconds[name, "layer"]  # type: ignore[index]
-        layer += _refresh_share(optimizer, layer, arms[name, "layer"])
         totals = shapes.count(optimizer)
         figures[name] = {
             "bytes_per_parameter": totals["bytes"] / totals["parameters"],
             "matrix_bytes_per_parameter": totals["matrix_bytes"] / totals["matrices"],
-            "seconds": seconds[name, "tables"] + shapes.copies * layer,  # type: ignore[index]
-            "matrix_seconds": shapes.copies * layer,
+            "seconds": statistics.median(times[name]),
+            "to_adamw": paired_ratio(times[name], times["adamw"]),
+            "to_muon": paired_ratio(times[name], times["muon"]),
+            "matrices_to_muon": paired_ratio(matrices[name], matrices["muon"]),
         }
     return {"parameters": totals["parameters"], "matrices": totals["matrices"], "optimizers": figures}
 
@@ -173,10 +189,6 @@ def run(
         model = _measure(preset, arms, repeats)
         figures["models"][preset] = model
         for name, entry in model["optimizers"].items():
-            entry["to_adamw"] = entry["seconds"] / model["optimizers"]["adamw"]["seconds"]
-            entry["to_muon"] = entry["seconds"] / model["optimizers"]["muon"]["seconds"]
-            muon = model["optimizers"]["muon"]["matrix_seconds"]
-            entry["matrices_to_muon"] = entry["matrix_seconds"] / muon
             cells = [entry[k] for k in ("bytes_per_parameter", "matrix_bytes_per_parameter")]
             row = [preset, name, *(f"{cell:.3f}" for cell in cells), entry["seconds"]]
             row += [f"{entry['to_adamw']:.2f}", f"{entry['to_muon']:.2f}", f"{entry['matrices_to_muon']:.3f}"]
@@ -202,12 +214,12 @@ def run(
 def main(argv: list[str]) -> int:
     """Measure and print; returns the exit code."""
     parser = Parser("bench optim", __doc__, repeats=3)
-    presets, optimizers = (some_of(names(group)) for group in ("model", "optim"))
     words = "with commas between them ({})"
-    parser.add_argument("--presets", type=presets, default=PRESETS, help=words.format(",".join(PRESETS)))
-    parser.add_argument("--optim", type=optimizers, default=OPTIMIZERS, help=words.format("all"))
+    parser.add_argument("--presets", type=some_of(presets()), default=PRESETS, help=words.format(",".join(PRESETS)))
+    parser.add_argument("--optim", type=some_of(options_of("optim")), default=OPTIMIZERS, help=words.format("all"))
     parser.add_argument("--no-peak", action="store_true", help="leave out peak memory, which starts a process an arm")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    run(options.json, tuple(options.presets), tuple(options.optim), options.repeats, not options.no_peak)
+    peak = measures_memory() and not options.no_peak
+    run(options.json, tuple(options.presets), tuple(options.optim), options.repeats, peak)
     return 0

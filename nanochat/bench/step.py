@@ -10,19 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from lightning import Callback, LightningDataModule
+from lightning import Callback
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from nanochat.bench.measure import Parser, clock, interleaved, report, seconds, show, some_of
+from nanochat.bench.measure import clock, interleaved, report, seconds
 from nanochat.config import compose
-from nanochat.data.dataset import TrainBatches
+from nanochat.console import Parser, show, some_of
+from nanochat.data.random_tokens import RandomTokens
 from nanochat.device import find_device
 from nanochat.errors import UserError
 from nanochat.lightning.module import NanoChatModule, model_config
-from nanochat.model import GPTConfig
 from nanochat.objectives import Step, linear_cross_entropy
 from nanochat.run import build_trainer, plan_vocabulary, quieten, settle
 
@@ -32,24 +30,6 @@ PRECISIONS = ("32-true", "bf16-mixed")
 """what a run takes by default, by Lightning's names"""
 EVERY_STEP = ("guard", "throughput", "metrics")
 """the callbacks of conf/callbacks/default that do their work at every step"""
-
-
-class RandomTokens(LightningDataModule):
-    """`count` micro-batches of random tokens on a device, cut by the training loader's own code and kept ready."""
-
-    def __init__(self, config: GPTConfig, batch: int, count: int, device: torch.device) -> None:
-        super().__init__()
-        size = batch * count * config.seq_len
-        tokens = np.random.default_rng(0).integers(config.vocab_size, size=size + 2 * config.seq_len)
-        self.source = TrainBatches(tokens, config.seq_len, batch, seed=0, vocab_size=config.vocab_size)
-        self.batches = [
-            {name: tensor.to(device) for name, tensor in self.source.batch(i).items()} for i in range(count)
-        ]
-        self.consumed = 0
-        self.eot_id = None
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
 
 
 def configure(preset: str, optim: str, overrides: Sequence[str] = (), max_steps: int = 1000) -> dict[str, Any]:

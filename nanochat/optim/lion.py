@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanochat.optim.adam8bit import OPTIONS_8BIT, choose_kernels, kernel_state, kernel_step, moved_in_float32
-from nanochat.optim.quantized import SMALL, absmax_like, codes_like, decode, encode, rounding_generator, spans
+from nanochat.optim.quantized import BLOCK, SMALL, absmax_like, codes_like, decode, encode, rounding_generator, spans
 from nanochat.optim.rule import Group, Rule, State
 
 
@@ -33,7 +33,9 @@ class Lion(Rule):
     def step(self, group: Group, parameters: list[Tensor], gradients: list[Tensor], states: list[State]) -> None:
         for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
             wide = moved_in_float32(parameter)
-            lion_step(wide, gradient.float(), state["momentum"], group)
+            flat, slope, momentum = wide.view(-1), gradient.reshape(-1), state["momentum"].view(-1)
+            for elements, _ in spans(flat, BLOCK):
+                lion_step(flat[elements], slope[elements].float(), momentum[elements], group)
             if wide is not parameter:
                 parameter.copy_(wide)
 

@@ -23,8 +23,8 @@ def whole(name, network):
 
 
 def test_table(capsys, monkeypatch):
-    small = bench.model_config(bench.compose(["model=tiny", "model.vocab_size=512"]))
-    monkeypatch.setattr(bench, "model_config", lambda cfg: small)
+    small = bench.network("tiny", vocab_size=512)
+    monkeypatch.setattr(bench, "network", lambda preset: small)
     figures = bench.run(json=True, presets=("tiny",), optimizers=("muon8bit", "galore"), repeats=1, peak=False)
     assert json.loads(capsys.readouterr().out)["models"] == figures["models"]
     model = figures["models"]["tiny"]

@@ -1,0 +1,105 @@
+"""What the commands share: options that are checked as they are read, and tables."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from nanochat.errors import UserError
+from nanochat.messages import did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's options, with `--json`; a mistake is a `UserError` of one sentence (exit code 2).
+
+    Args:
+        verb: the words after `nanochat`.
+        description: what `--help` says first.
+        repeats: default of `--repeats`; None leaves out the options of a timing, `--repeats` and `--threads`.
+    """
+
+    def __init__(self, verb: str, description: str | None, repeats: int | None = None) -> None:
+        super().__init__(prog=f"nanochat {verb}", description=description, allow_abbrev=False)
+        if repeats is not None:
+            self.add_argument("--repeats", type=count, default=repeats, help=f"rounds of each arm ({repeats})")
+            self.add_argument("--threads", type=count, default=1, help="threads of torch (1)")
+        self.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}{'' if message.endswith(('.', '?')) else '.'}")
+
+
+def count(text: str) -> int:
+    """Option type: a whole number of at least 1."""
+    return _whole(text, 1)
+
+
+def count_or_zero(text: str) -> int:
+    """Option type: a whole number of at least 0."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, low: int) -> int:
+    # more than 64 bits would not fit what torch makes of it
+    if not text.isascii() or not text.isdigit() or not low <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least {low}")
+    return int(text)
+
+
+def duration(text: str) -> float:
+    """Option type: seconds, more than 0."""
+    value = _number(text)
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a number of seconds above 0")
+    return value
+
+
+def shares(text: str) -> list[float]:
+    """Option type: numbers in [0, 1) with commas between them."""
+    values = [_number(part) for part in text.split(",")]
+    if not all(0.0 <= value < 1.0 for value in values):
+        raise argparse.ArgumentTypeError(f"{text} must be numbers from 0 to below 1 with commas between them")
+    return values
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def one_of(known: Iterable[str]) -> Callable[[str], str]:
+    """Option type: one of the names."""
+
+    def check(name: str) -> str:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"there is no {name!r}{did_you_mean(name, known)}")
+        return name
+
+    return check
+
+
+def some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Option type: names with commas between them, repeats left out."""
+    check = one_of(known)
+    return lambda text: list(dict.fromkeys(check(name) for name in text.split(",")))
+
+
+def show(title: str, columns: list[str], rows: list[list[Any]], notes: list[str] | None = None) -> None:
+    """Print a table."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    for row in rows:
+        table.add_row(*[f"{cell:,.3g}" if isinstance(cell, float) else str(cell) for cell in row])
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    for note in notes or []:
+        console.print(note, highlight=False)

@@ -1,0 +1,188 @@
+"""Comparisons: pairs of seeds, what their differences show, and that no run is mistaken for another."""
+
+import json
+import logging
+import math
+import shlex
+import threading
+
+import numpy as np
+import pytest
+
+import nanochat.cli
+from nanochat import compare, paired
+from nanochat.errors import UserError
+from nanochat.paired import STUDENT, Comparison, Result, difference, interval, merged, verdict
+from tests import runs
+
+
+def results(values, seconds=1.0, folder=None, state=8):
+    return [Result(folder, value, seconds, state) for value in values]
+
+
+def test_students_quantiles_against_the_density():
+    for n, quantile in enumerate(STUDENT, start=1):
+        t = np.linspace(-quantile, quantile, 200_001)
+        log_norm = math.lgamma((n + 1) / 2) - math.lgamma(n / 2) - 0.5 * math.log(n * math.pi)
+        density = np.exp(log_norm) * (1 + t**2 / n) ** (-(n + 1) / 2)
+        inside = ((density[1:] + density[:-1]) / 2).sum() * (t[1] - t[0])
+        assert inside == pytest.approx(0.95, abs=1e-4), n
+
+
+def test_interval_is_of_the_paired_differences():
+    arm, plain = results([1.0, 2.0, 3.5]), results([1.5, 2.1, 3.0])
+    gaps = np.array([-0.5, -0.1, 0.5])
+    mean, half = interval(arm, plain)
+    assert mean == pytest.approx(gaps.mean())
+    assert half == pytest.approx(4.303 * gaps.std(ddof=1) / 3**0.5)
+    assert difference(arm, plain) == f"{mean:+.4f} ± {half:.4f}"
+    with pytest.raises(ValueError, match="zip"):
+        interval(arm, plain[:2])
+
+
+@pytest.mark.parametrize(
+    ("gaps", "said"),
+    [
+        ([-0.5, -0.51, -0.49], "better"),
+        ([0.5, 0.51, 0.49], "worse"),
+        ([-0.5, 0.4, 0.0], "no difference shown"),
+        ([0.5], "one seed: no verdict"),
+    ],
+)
+def test_verdict(gaps, said):
+    plain = results([3.0] * len(gaps))
+    assert verdict(results([3.0 + gap for gap in gaps]), plain) == said
+
+
+def test_an_arm_s_word_replaces_the_base_s():
+    base = ["optim=adamw", "optim.lr=0.1", "+mtp=on", "~callbacks.sampler"]
+    assert merged(base, ["optim=muon", "+mtp=off"]) == ["optim.lr=0.1", "~callbacks.sampler", "optim=muon", "+mtp=off"]
+
+
+def test_pairs_steps_and_equal_time(monkeypatch, tmp_path):
+    started = []
+
+    def train(words, folder, steps, threads, watch):
+        started.append((tuple(words), folder.name, steps))
+        slow, seed = "+mtp=on" in words, int(words[-1].removeprefix("seed="))
+        # the machine is ten times slower for the second seed, in both arms alike
+        return Result(folder, 2.0 + seed + 0.25 * slow, (1.25 if slow else 1.0) * (10.0 if seed else 1.0), 8)
+
+    monkeypatch.setattr(paired, "train", train)
+    arms = {"plain": [], "a b/c": ["+mtp=on"]}
+    found = paired.compare(["model=tiny"], arms, tmp_path, steps=100, seeds=2, jobs=1, timed=["a b/c"])
+    assert [entry for entry in started if entry[2] == 100] == [
+        (("model=tiny", "seed=0"), "steps-plain-0", 100),
+        (("model=tiny", "+mtp=on", "seed=0"), "steps-a_b_c-0", 100),
+        (("model=tiny", "seed=1"), "steps-plain-1", 100),
+        (("model=tiny", "+mtp=on", "seed=1"), "steps-a_b_c-1", 100),
+    ]
+    assert [entry[1:] for entry in started if entry[2] != 100] == [("time-a_b_c-0", 80), ("time-a_b_c-1", 80)]
+    assert found.step_ratio("a b/c") == 1.25
+    (_, headings, rows), (title, _, timed) = found.tables()
+    assert headings == ["arm", "step / plain", "optimizer MB", "bits per byte", "difference", "verdict"]
+    assert rows[1] == ["a b/c", "1.250", "0.00", "2.7500", "+0.2500 ± 0.0000", "worse"]
+    assert title == "the same time"
+    assert [row[:2] for row in timed] == [["plain", "100"], ["a b/c", "80"]]
+    assert found.markdown().count("| a b/c |") == 2
+    assert found.figures()["arms"]["a b/c"]["timed_bpb"] == [2.25, 3.25]
+
+
+def test_the_first_failure_ends_the_others(monkeypatch, tmp_path):
+    begun, release = [], threading.Event()
+
+    def train(words, folder, steps, threads, watch):
+        begun.append(folder.name)
+        if len(begun) == 1:
+            raise UserError("the text is too short.")
+        release.wait(5)
+        raise AssertionError("a run was started after the failure")
+
+    monkeypatch.setattr(paired, "train", train)
+    with pytest.raises(UserError, match="too short"):
+        paired.compare([], {"plain": [], "b": ["x=1"]}, tmp_path, steps=5, seeds=9, jobs=1)
+    assert len(begun) <= 2  # the pool may have taken one more before it heard of it
+
+
+ARM = "+mtp=on mtp.kind=parallel"
+
+
+def test_real_runs(tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["compare", *runs.words(tmp_path), "--arms", ARM, "--steps", "4", "--seeds", "2", "--out", str(out)]
+    assert nanochat.cli.main([*words, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert set(figures["arms"]) == {"plain", ARM}
+    for arm, entry in figures["arms"].items():
+        for seed, bpb in enumerate(entry["bpb"]):
+            folder = out / f"steps-{'plain' if arm == 'plain' else '+mtp=on_mtp.kind=parallel'}-{seed}"
+            summary = json.loads((folder / "summary.json").read_text())
+            assert summary["val/bpb"] == pytest.approx(bpb, rel=1e-6)
+            assert summary["step"] == 4
+            assert not (folder / "samples.md").exists()
+    assert figures["arms"]["plain"]["optimizer_bytes"] < figures["arms"][ARM]["optimizer_bytes"]
+    assert len(set(figures["arms"]["plain"]["bpb"])) == 2
+    # the same command again trains nothing
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.csv")}
+    assert nanochat.cli.main(words) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("metrics.csv")} == before
+    assert len(before) == 4
+    assert "bits per byte" in capsys.readouterr().out
+    assert f"| {ARM} |" in (out / "comparison.md").read_text()
+    # another comparison does not take these runs for its own
+    assert nanochat.cli.main([*words, "--steps", "5"]) == 2
+    assert "holds another run" in capsys.readouterr().err
+
+
+def test_a_run_s_mistake_is_the_comparison_s(tmp_path, capsys):
+    plain = [*runs.words(tmp_path), "data.paths=[nowhere]"]
+    words = ["compare", *plain, "--arms", "optim=adamw", "--seeds", "1", "--steps", "3", "--out", str(tmp_path)]
+    assert nanochat.cli.main(words) == 2
+    assert "nowhere" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "comparison.md").exists()
+
+
+def test_a_run_cut_short_is_no_result(tmp_path, capsys):
+    words = ["compare", *runs.words(tmp_path), "trainer.max_time=00:00:00:00", "--arms", "optim=adamw", "--seeds", "1"]
+    assert nanochat.cli.main([*words, "--steps", "50", "--jobs", "1", "--out", str(tmp_path / "out")]) == 2
+    assert "of 50 steps" in capsys.readouterr().err
+
+
+def test_what_every_arm_is(monkeypatch):
+    """The techniques that are compared when none is named, on Muon's default run and on AdamW's."""
+    seen = []
+    monkeypatch.setattr(compare, "compare", lambda *a: seen.append(a) or Comparison(a[3], {}))
+    monkeypatch.setattr(Comparison, "tables", lambda self: iter([("", ["arm"], [])]))
+    monkeypatch.setattr(Comparison, "markdown", lambda self: "")
+    for base in ([], ["optim=adamw"]):
+        assert compare.main([*base, "--steps", "50", "--out", "outputs"]) == 0
+    muon, adamw = (list(call[1]) for call in seen)
+    assert muon == ["plain", *compare.TECHNIQUES]
+    assert adamw == ["plain", *compare.TECHNIQUES[1:]]
+    assert [call[3] for call in seen] == [50, 50]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--arms optim=muon", "changes nothing of the plain run"),
+        ("--arms +mpt=on", "did you mean 'mtp'"),
+        ("--seeds 21", "21 must be at most 20"),
+        ("--seeds 0", "0 must be a whole number"),
+        ("seed=1", "seed=1 does not go with compare"),
+        ("schedule.warmup_steps=90 --steps 3", "warmup_steps=90"),
+        ("--arms ' '", "changes nothing"),
+    ],
+)
+def test_mistakes(words, said, capsys, tmp_path):
+    out = tmp_path / "out"
+    assert nanochat.cli.main(["compare", "experiment=tiny", *shlex.split(words), "--out", str(out)]) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert nanochat.cli.main(["compare", "--steps", "9", "--out", str(tmp_path / "file" / "x")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
