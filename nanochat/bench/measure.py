@@ -77,13 +77,15 @@ def rounds(
 ) -> dict[Arm, list[Result]]:
     """What each arm gives in each round; in a round every arm runs once, so that drift hits all alike.
 
+    Every other round runs backwards, so that what an arm leaves behind is not always the burden of the same one.
+
     say: tell on stderr after each round how far it is.
     """
     results: dict[Arm, list[Result]] = {name: [] for name in arms}
     start = time.monotonic()
     for turn in range(warm_up + repeats):
-        for name, function in arms.items():
-            result = function()
+        for name in list(arms)[:: -1 if turn % 2 else 1]:
+            result = arms[name]()
             if turn >= warm_up:
                 results[name].append(result)
         if say:

@@ -24,11 +24,39 @@ Selector = Callable[[Tensor], Tensor]
 """(B, T) losses of whole sequences (ignored targets: -inf) -> (B, K) sorted positions of the tokens to keep."""
 
 
+class HeadGradient:
+    """The gradient of the output matrix that several calls of one step share.
+
+    It is as large as the matrix itself, so a further term of the loss had better not bring another one. The first call
+    makes it and hands it to autograd; later ones add to it in their forward pass, which therefore needs their
+    coefficients. The terms must then be summed as they are: each of them has the same gradient, or the backward raises.
+    """
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None  # (V, d) float32, of the first call's sum of losses
+        self.divisor = torch.ones(())  # by which the first call's backward divides it
+        self.pending = 0  # later calls whose backward is to come
+        self.upstream: Tensor | None = None
+
+    def arrived(self, upstream: Tensor, first: bool) -> None:
+        """Note the gradient of a call's loss; raises `RuntimeError` where the terms were not simply summed."""
+        if self.upstream is not None:
+            same = torch.eq(upstream, self.upstream)
+            if same.is_cuda:
+                torch._assert_async(same)  # type: ignore[attr-defined]  # without waiting for the device
+            elif not same:
+                raise RuntimeError("terms that share a HeadGradient must be summed without further factors.")
+        self.upstream = upstream
+        self.pending -= not first
+        if first and self.pending:
+            raise RuntimeError("a term that shares a HeadGradient is missing in the loss.")
+
+
 class LinearCrossEntropy(NamedTuple):
     """What `linear_cross_entropy` returns."""
 
     loss: Tensor
-    """scalar: mean over the kept, valid targets, with smoothing and z-loss; 0 if there are none"""
+    """scalar: coefficient x mean over the kept, valid targets, with smoothing and z-loss; 0 if there are none"""
     per_token: Tensor
     """(B, T) plain cross entropy of every token in nats, detached; 0 where the target is ignored"""
     kept: Tensor | None
@@ -45,6 +73,8 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     selector: Selector | None = None,
     chunk: int | None = None,
+    head: HeadGradient | None = None,
+    coefficient: Tensor | float = 1.0,
 ) -> LinearCrossEntropy:
     """Cross entropy of `softmax(hidden @ weight.T)` in chunks.
 
@@ -58,6 +88,8 @@ def linear_cross_entropy(
         selector: picks the tokens that count, from the plain losses of whole sequences; the same number in each.
         chunk: tokens at a time; by default 256 on a CPU and as many as fill 256 MB of logits elsewhere. With a
             selector it is rounded to whole sequences.
+        head: gradient of `weight` that calls share. A first call without a coefficient opens it to later ones.
+        coefficient: factor on the loss.
 
     Under autocast the products run in its dtype; losses and the gradient of `weight` are accumulated in float32.
     The gradient exists once: a second backward through the same call raises.
@@ -67,7 +99,14 @@ def linear_cross_entropy(
         chunk = CPU_CHUNK if hidden.device.type == "cpu" else max(256, CUDA_CHUNK_LOGITS // weight.shape[0])
     if selector is not None:
         chunk = max(1, chunk // length) * length
-    options = _Options(softcap, label_smoothing, z_loss, chunk, selector, (batch, length))
+    if not torch.is_grad_enabled():
+        # inside of a Function gradients are always off: it goes by what its inputs ask for
+        hidden, weight = hidden.detach(), weight.detach()
+    later = head is not None and head.buffer is not None
+    assert selector is None or not later, "only the first call of a step selects"
+    if later:
+        weight = weight.detach()  # its gradient goes the first call's way
+    options = _Options(softcap, label_smoothing, z_loss, chunk, selector, (batch, length), head, coefficient)
     loss, per_token, kept = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), options)  # type: ignore[misc]
     return LinearCrossEntropy(loss, per_token.view(batch, length), kept)
 
@@ -79,6 +118,8 @@ class _Options(NamedTuple):
     chunk: int
     selector: Selector | None
     shape: tuple[int, int]
+    head: HeadGradient | None
+    coefficient: Tensor | float
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -89,7 +130,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x, w = hidden.to(dtype), weight.to(dtype)  # (N, d), (V, d)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(x) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        head, coefficient = options.head, options.coefficient
+        factor: Tensor | float = 1.0  # of the rows' gradients
+        if head is not None and head.buffer is not None:
+            grad_weight = head.buffer
+            factor = coefficient * head.divisor / (targets != IGNORED).sum().clamp_min(1)
+        else:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         per_token = hidden.new_zeros(x.shape[0], dtype=torch.float32)
         total = hidden.new_zeros((), dtype=torch.float32)
         count = hidden.new_zeros((), dtype=torch.float32)
@@ -108,9 +155,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 chunk.keep(index)
             total += chunk.losses.sum()
             count += chunk.valid.sum()
-            if not (needs_hidden or needs_weight):
+            if grad_hidden is None and grad_weight is None:
                 continue
-            gradient = chunk.gradient().to(dtype)  # (C', V)
+            gradient = chunk.gradient(factor).to(dtype)  # (C', V)
             if grad_hidden is not None:
                 if index is None:
                     torch.mm(gradient, w, out=grad_hidden[rows])
@@ -122,18 +169,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(gradient.t(), xk)
                 else:
                     grad_weight += gradient.t() @ xk
-        ctx.gradients = (grad_hidden, grad_weight)
+        count.clamp_min_(1.0)
+        ctx.gradients = (grad_hidden, grad_weight if needs_weight else None)
         ctx.dtypes = (hidden.dtype, weight.dtype)
-        ctx.divisor = count.clamp_min(1.0)
+        ctx.head, ctx.first, ctx.divisor, ctx.coefficient = head, True, count, coefficient
+        if head is not None and head.buffer is not None:
+            ctx.first, ctx.divisor, ctx.coefficient = False, head.divisor, 1.0  # the factor is in the rows
+            head.pending += 1
+        elif head is not None and needs_weight and isinstance(coefficient, float) and coefficient == 1.0:
+            head.buffer, head.divisor = grad_weight, count
         positions = torch.cat(kept) if kept else None
         ctx.mark_non_differentiable(per_token, *([] if positions is None else [positions]))
-        return total / ctx.divisor, per_token, positions
+        return total * (coefficient / count), per_token, positions
 
     @staticmethod
     def backward(ctx, upstream: Tensor, *_):  # type: ignore[override]
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy keeps its gradient once: call backward a single time.")
-        scale = upstream / ctx.divisor
+        if ctx.head is not None and ctx.head.buffer is not None:
+            ctx.head.arrived(upstream, ctx.first)
+            if ctx.first:
+                ctx.head.buffer = None
+        scale = upstream * (ctx.coefficient / ctx.divisor)
         gradients = [
             None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
@@ -211,10 +268,10 @@ class _Chunk:
         if self.options.softcap:
             self.slope = _keep_in_place(self.slope, index)
 
-    def gradient(self) -> Tensor:
-        """(C, V): d sum(losses) / d logits; consumes the chunk."""
+    def gradient(self, scale: Tensor | float = 1.0) -> Tensor:
+        """(C, V): scale x d sum(losses) / d logits; consumes the chunk."""
         options = self.options
-        valid = self.valid[:, None].float()
+        valid = self.valid[:, None].float() * scale
         factor = 1.0 + 2.0 * options.z_loss * self.lse if options.z_loss else 1.0
         gradient = self.exp.mul_(valid * factor / self.sum)
         if options.label_smoothing:

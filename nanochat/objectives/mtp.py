@@ -146,12 +146,12 @@ class MultiTokenPrediction(Objective):
         terms = self._sequential if self.kind == "sequential" else self._by_position
         for i, (term, weight) in enumerate(zip(terms(step, targets, weights), weights, strict=False)):
             if weight:
-                loss = loss + weight * term
-                step.metrics[f"mtp/loss_{i + 2}"] = term.detach()  # of token t + 2, t + 3, ...
+                loss = loss + term
+                step.metrics[f"mtp/loss_{i + 2}"] = term.detach() / weight  # of token t + 2, t + 3, ...
         return loss
 
     def _by_position(self, step: Step, targets: list[Tensor], weights: list[float]) -> Iterator[Tensor]:
-        """One loss after the other, each on its own draw of positions."""
+        """One weighted loss after the other, each on its own draw of positions."""
         hidden = step.hidden.flatten(0, 1)  # (N, d)
         positions = step.targets.numel() if step.kept is None else step.kept.numel()
         count = max(1, round(self.fraction * positions))
@@ -164,10 +164,10 @@ class MultiTokenPrediction(Objective):
             rows = hidden.index_select(0, index)[None]  # (1, count, d)
             if self.kind == "parallel":
                 rows = self.heads[i](rows)
-            yield self._cross_entropy(step, rows, target[index][None])
+            yield self._cross_entropy(step, rows, target[index][None], weights[i])
 
     def _sequential(self, step: Step, targets: list[Tensor], weights: list[float]) -> Iterator[Tensor]:
-        """One loss after the other, all on one draw of whole sequences."""
+        """One weighted loss after the other, all on one draw of whole sequences."""
         batch, length = step.tokens.shape
         valid = torch.stack([target != IGNORED for target in targets])  # (k, B, T)
         candidates = valid.any(0).any(-1)  # (B,)
@@ -183,10 +183,15 @@ class MultiTokenPrediction(Objective):
             embedded = step.gpt.embed(tokens.roll(-(i + 1), dims=1))
             hidden = self.heads[i](hidden, embedded, cos, sin, kept=kept)
             share = valid[i][index].sum() / valid[i].sum().clamp_min(1)
-            yield self._cross_entropy(step, hidden, target[index]) * share * scale
+            if weights[i]:
+                yield self._cross_entropy(step, hidden, target[index], weights[i] * share * scale)
+            else:
+                yield hidden.new_zeros(())
 
-    def _cross_entropy(self, step: Step, hidden: Tensor, targets: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, step.gpt.head_weight(), targets, softcap=self.softcap).loss
+    def _cross_entropy(self, step: Step, hidden: Tensor, targets: Tensor, coefficient: Tensor | float) -> Tensor:
+        weight, head = step.gpt.head_weight(), step.head_gradient
+        options = {"softcap": self.softcap, "head": head, "coefficient": coefficient}
+        return linear_cross_entropy(hidden, weight, targets, **options).loss
 
     def extra_repr(self) -> str:
         return f"{self.kind}, tokens={self.tokens}, weight={self.weight}, {self.schedule}, fraction={self.fraction}"

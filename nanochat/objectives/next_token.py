@@ -52,6 +52,7 @@ class NextToken(Objective):
             z_loss=self.z_loss,
             selector=self.selector,
             chunk=self.chunk,
+            head=step.head_gradient,
         )
         step.per_token_loss, step.kept = result.per_token, result.kept
         # the plain mean over all valid targets, so that runs with and without smoothing or a filter compare

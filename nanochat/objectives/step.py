@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from nanochat.model import GPT
+from nanochat.objectives.linear_cross_entropy import HeadGradient
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Step:
     """(B, T) next-token cross entropy in nats, detached; 0 where ignored"""
     kept: Tensor | None = None
     """(B, K) sorted positions that a selector kept; None = all"""
+    head_gradient: HeadGradient = field(default_factory=HeadGradient)
+    """what all terms add their gradient of the output matrix to"""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """scalars to log under their full names, detached"""
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanochat.objectives.linear_cross_entropy  # noqa: F401
 from nanochat.objectives import IGNORED, linear_cross_entropy
+from nanochat.objectives.linear_cross_entropy import HeadGradient
 
 # the package gives the function under the module's name
 loss_module = sys.modules["nanochat.objectives.linear_cross_entropy"]
@@ -252,3 +253,94 @@ def test_peak_memory_does_not_grow_with_the_tokens(selector):
         logits_of_all = 4 * batch * length * vocabulary
     assert abs(peaks[1] - peaks[0]) < 0.1 * peaks[0]
     assert peaks[1] < 0.2 * logits_of_all
+
+
+def shared_terms(share, selector=None, factors=(1.0, 1.0, 1.0)):
+    """(terms, hiddens, weight) of three calls on one output matrix; the second's coefficient is a tensor."""
+    hiddens, targets = zip(*(inputs(length=length, seed=length)[::2] for length in (14, 5, 9)), strict=True)
+    weight = inputs(seed=7)[1]
+    head = HeadGradient() if share else None
+    given = ({"selector": selector}, {"coefficient": torch.tensor(0.3)}, {"coefficient": 0.05, "z_loss": 0.01})
+    terms = [
+        factor * linear_cross_entropy(h, weight, t, softcap=4.0, chunk=14, head=head, **options).loss
+        for h, t, options, factor in zip(hiddens, targets, given, factors, strict=True)
+    ]
+    return terms, hiddens, targets, weight, head
+
+
+@pytest.mark.parametrize("select", [False, True])
+@pytest.mark.parametrize("times", [1.0, 0.25])
+def test_terms_that_share_the_matrix_gradient(select, times):
+    terms, hiddens, targets, weight, head = shared_terms(True, TopLoss(5) if select else None)
+    memory = head.buffer.data_ptr()
+    (times * torch.stack(terms).sum()).backward()
+    kept = None
+    if select:
+        plain = dense(hiddens[0], weight, targets[0], softcap=4.0)[1]
+        kept = plain.masked_fill(targets[0] == IGNORED, -torch.inf).topk(5, 1).indices.sort(1).values
+    expected = [
+        dense(hiddens[0], weight, targets[0], kept, softcap=4.0),
+        dense(hiddens[1], weight, targets[1], softcap=4.0),
+        dense(hiddens[2], weight, targets[2], softcap=4.0, z_loss=0.01),
+    ]
+    factors = (1.0, 0.3, 0.05)
+    for term, factor, (loss, *_) in zip(terms, factors, expected, strict=True):
+        assert term.item() == pytest.approx(factor * loss.item(), rel=1e-5)
+    for hidden, factor, (*_, grad_hidden, _) in zip(hiddens, factors, expected, strict=True):
+        assert relative(hidden.grad, times * factor * grad_hidden) <= 1e-5
+    total = sum(factor * entry[-1] for factor, entry in zip(factors, expected, strict=True))
+    assert relative(weight.grad, times * total) <= 1e-5
+    assert weight.grad.data_ptr() == memory  # the only one there was
+
+
+def test_shared_terms_must_be_summed_as_they_are():
+    terms, *_ = shared_terms(True, factors=(1.0, 2.0, 1.0))
+    with pytest.raises(RuntimeError, match="without further factors"):
+        torch.stack(terms).sum().backward()
+    terms, *_ = shared_terms(True)
+    with pytest.raises(RuntimeError, match="missing in the loss"):
+        (terms[0] + terms[2]).backward()
+    terms, *_ = shared_terms(False, factors=(1.0, 2.0, 1.0))
+    torch.stack(terms).sum().backward()
+
+
+def test_a_first_term_with_a_coefficient_does_not_share():
+    hidden, weight, targets = inputs()
+    head = HeadGradient()
+    for coefficient in (0.5, torch.tensor(2.0)):
+        linear_cross_entropy(hidden, weight, targets, head=head, coefficient=coefficient).loss.backward()
+        assert head.buffer is None
+    _, _, grad_hidden, grad_weight = dense(hidden, weight, targets)
+    assert relative(hidden.grad, 2.5 * grad_hidden) <= 1e-5
+    assert relative(weight.grad, 2.5 * grad_weight) <= 1e-5
+
+
+def test_sharing_without_gradients():
+    hidden, weight, targets = inputs()
+    head = HeadGradient()
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, targets, head=head).loss > 0
+    assert head.buffer is None
+    linear_cross_entropy(hidden, weight.detach(), targets, head=head).loss.backward()  # a frozen matrix
+    assert head.buffer is None
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
+def test_validation_multiplies_once(quiet):
+    """Without gradients there is one product, that of the logits."""
+    hidden, weight, targets = inputs()
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name in ("aten::mm", "aten::addmm_", "aten::addmm"):
+                seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with quiet(), Products():
+        linear_cross_entropy(hidden, weight, targets)
+    assert len(seen) == 1
+    with Products():
+        linear_cross_entropy(hidden, weight, targets)
+    assert len(seen) == 1 + 3

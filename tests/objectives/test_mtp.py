@@ -364,3 +364,19 @@ def test_bf16_autocast(kind):
 def test_impossible_options(options, words):
     with pytest.raises(ConfigError, match=words):
         MultiTokenPrediction(CONFIG, **options)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_beside_the_next_token_it_adds_its_own_gradient(kind, tied):
+    """With the next-token term, whose matrix gradient it shares, minus without: MTP's own, at every parameter."""
+    config = GPTConfig(**{**CONFIG.__dict__, "tied": tied, "head_std": 0.3})
+    gpt, objective = make(kind, config, tokens=2, weight=0.4)
+    main, found = NextToken(config), []
+    for objectives in ([main, objective], [main], [objective]):
+        step = step_of(gpt, *batch())
+        torch.stack([term(step) for term in objectives]).sum().backward()
+        found.append(gradients(gpt, objective))
+        gpt.zero_grad(), objective.zero_grad()
+    both, plain, own = found
+    assert_close({name: g - plain.get(name, 0.0) for name, g in both.items()}, own)
