@@ -39,7 +39,7 @@ class Bench:
         self.objective.selector = None if sparsity is None else TopTokens(kept_count(self.tokens.shape[1], sparsity))
         start = clock()
         with self.place.autocast():
-            step = Step(self.gpt, self.tokens, self.targets, self.gpt.hidden(self.tokens))
+            step = Step.of(self.gpt, self.tokens, self.targets)
             loss = self.objective(step)
         forward = clock()
         loss.backward()

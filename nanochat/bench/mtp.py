@@ -67,9 +67,7 @@ class Bench:
         self.count += 1
         start = clock()
         with self.place.autocast():
-            step = Step(
-                self.gpt, self.tokens, self.targets, self.gpt.hidden(self.tokens), eot_id=0, micro_step=self.count
-            )
+            step = Step.of(self.gpt, self.tokens, self.targets, eot_id=0, micro_step=self.count)
             loss = torch.stack([objective(step) for objective in objectives]).sum()
         loss.backward()
         for optimizer in optimizers:

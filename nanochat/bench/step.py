@@ -62,7 +62,7 @@ def precision(module: NanoChatModule) -> torch.autocast:
 def loss_of(module: NanoChatModule, batch: dict[str, Tensor]) -> Tensor:
     """Forward through the network, the head and all objectives, as a training step does."""
     with precision(module):
-        step = Step(module.gpt, batch["tokens"], batch["targets"], hidden=module.gpt.hidden(batch["tokens"]))
+        step = Step.of(module.gpt, batch["tokens"], batch["targets"])
         return torch.stack([objective(step) for objective in module.objectives.values()]).sum()
 
 

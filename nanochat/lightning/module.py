@@ -71,11 +71,10 @@ class NanoChatModule(lightning.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of one micro-batch {tokens, targets: (B, T) int64}."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        step = Step(
-            gpt=self.gpt,
-            tokens=batch["tokens"],
-            targets=batch["targets"],
-            hidden=self.gpt.hidden(batch["tokens"]),
+        step = Step.of(
+            self.gpt,
+            batch["tokens"],
+            batch["targets"],
             step=self.global_step,
             max_steps=self.max_steps,
             micro_step=data.consumed,

@@ -126,11 +126,14 @@ class GPT(nn.Module):
         tokens: (B, T) ids; start: position of the first token (the length of the cache); returns (B, T, d).
         Raises `UserError` when the sequence is longer than the model's.
         """
-        end = start + tokens.shape[1]
+        return self.trunk(self.embed(tokens), cache, start)
+
+    def trunk(self, x: Tensor, cache: KeyValueCache | None = None, start: int = 0) -> Tensor:
+        """`hidden` from the tokens' embeddings (B, T, d), as `embed` gives them."""
+        end = start + x.shape[1]
         if end > self.config.seq_len:
             raise UserError(f"a sequence of {end} tokens is longer than the model's {self.config.seq_len}.")
         cos, sin = self.cos[start:end], self.sin[start:end]  # (T, head_dim / 2)
-        x = self.embed(tokens)
         if self.config.streams > 1:
             x = expand(x, self.config.streams)  # (n, B, T, d)
         kept = self.kept_rows if torch.is_grad_enabled() else None

@@ -175,13 +175,12 @@ class MultiTokenPrediction(Objective):
         index = draw(candidates, count, generator(self.seed, step.micro_step))
         # a sequence stands for this many; the mean of the full loss has the valid targets of all in its denominator
         scale = candidates.sum() / candidates.sum().clamp(1, count)
-        hidden, tokens = step.hidden[index], step.tokens[index]
+        hidden, words = step.hidden[index], step.embedded[index]
         cos, sin = step.gpt.cos[:length], step.gpt.sin[:length]
         kept = None if step.kept is None else KeptRows(step.kept[index])
         for i, target in enumerate(targets[: last_nonzero(weights) + 1]):
             # the last positions read tokens from the sequence's beginning; their targets are ignored
-            embedded = step.gpt.embed(tokens.roll(-(i + 1), dims=1))
-            hidden = self.heads[i](hidden, embedded, cos, sin, kept=kept)
+            hidden = self.heads[i](hidden, words.roll(-(i + 1), dims=1), cos, sin, kept=kept)
             share = valid[i][index].sum() / valid[i].sum().clamp_min(1)
             if weights[i]:
                 yield self._cross_entropy(step, hidden, target[index], weights[i] * share * scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ class Step:
     """(B, T) int64; -100 is ignored"""
     hidden: Tensor
     """(B, T, d), after the final norm"""
+    embedded: Tensor
+    """(B, T, d), of the tokens: what another term reads of it adds to one gradient of the table"""
     step: int = 0
     """optimizer steps done before this micro-batch"""
     max_steps: int = 1
@@ -36,6 +39,12 @@ class Step:
     """what all terms add their gradient of the output matrix to"""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """scalars to log under their full names, detached"""
+
+    @classmethod
+    def of(cls, gpt: GPT, tokens: Tensor, targets: Tensor, **fields: Any) -> Step:
+        """The tokens' way through the network, up to the objectives."""
+        embedded = gpt.embed(tokens)
+        return cls(gpt, tokens, targets, gpt.trunk(embedded), embedded, **fields)
 
 
 class Objective(nn.Module):

@@ -38,9 +38,8 @@ def trained(config, corpus, steps=30):
         starts = torch.randint(len(corpus) - 66, (8,), generator=generator)
         window = torch.stack([corpus[start : start + 65] for start in starts])
         tokens, targets = window[:, :-1], window[:, 1:]
-        hidden = gpt.hidden(tokens)
-        step = Step(gpt, tokens, targets, hidden, index, steps, index, 0)
-        loss = F.cross_entropy(gpt.logits(hidden).flatten(0, 1), targets.flatten()) + mtp(step)
+        step = Step.of(gpt, tokens, targets, step=index, max_steps=steps, micro_step=index, eot_id=0)
+        loss = F.cross_entropy(gpt.logits(step.hidden).flatten(0, 1), targets.flatten()) + mtp(step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

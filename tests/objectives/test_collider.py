@@ -70,7 +70,7 @@ def run_step(gpt, objectives, tokens, targets, compact):
     gpt.zero_grad()
     gpt.kept_rows = KeptRows() if compact else None
     objectives[0].selector = TopTokens(14)
-    step = Step(gpt, tokens, targets, gpt.hidden(tokens), eot_id=0, micro_step=MICRO_STEP)
+    step = Step.of(gpt, tokens, targets, eot_id=0, micro_step=MICRO_STEP)
     loss = torch.stack([o(step) for o in objectives]).sum()
     gpt.kept_rows = None
     return loss, step
@@ -98,7 +98,8 @@ def test_a_filtered_step_with_mtp_is_the_oracles(kind, streams, monkeypatch):
     for module in (gpt, *objectives):
         module.zero_grad()
     kept = step.kept
-    oracle = Step(gpt, tokens, targets, oracle_hidden(gpt, tokens, kept, monkeypatch), eot_id=0, micro_step=MICRO_STEP)
+    hidden, embedded = oracle_hidden(gpt, tokens, kept, monkeypatch), gpt.embed(tokens)
+    oracle = Step(gpt, tokens, targets, hidden, embedded, eot_id=0, micro_step=MICRO_STEP)
     if kind == "sequential":
         detach_in_heads(objectives[1], kept, monkeypatch)
     objectives[0].selector = TopTokens(14)
@@ -148,7 +149,7 @@ def test_bf16_with_mtp_and_accumulation():
             objectives[0].selector = lambda s: torch.arange(0, 24, 2).expand(s.shape[0], 12)
             gpt.kept_rows = KeptRows()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                step = Step(gpt, tokens, targets, gpt.hidden(tokens), eot_id=0, micro_step=seed)
+                step = Step.of(gpt, tokens, targets, eot_id=0, micro_step=seed)
                 loss = torch.stack([o(step) for o in objectives]).sum()
             loss.backward()
         total = gradients(gpt, *objectives)

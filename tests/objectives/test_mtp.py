@@ -50,7 +50,7 @@ def make(kind, config=CONFIG, dtype=torch.float64, **options):
 
 
 def step_of(gpt, tokens, targets, **fields):
-    return Step(gpt, tokens, targets, gpt.hidden(tokens), eot_id=EOT, **fields)
+    return Step.of(gpt, tokens, targets, eot_id=EOT, **fields)
 
 
 def rms(x, gain):
@@ -229,7 +229,7 @@ def test_targets_stay_inside_documents():
     tokens = torch.tensor([[0, 5, 6, 7, 0, 8, 9, 3]])
     targets = torch.tensor([[5, 6, 7, 0, 8, 9, 3, IGNORED]])
     gpt = GPT(CONFIG, seed=0)
-    step = Step(gpt, tokens, targets, torch.zeros(1, 8, 16), eot_id=0)
+    step = Step(gpt, tokens, targets, torch.zeros(1, 8, 16), torch.zeros(1, 8, 16), eot_id=0)
     one, two = future_targets(step, 2)
     no = IGNORED
     assert one.tolist() == [[6, 7, no, no, 9, 3, no, no]]

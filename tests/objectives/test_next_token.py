@@ -16,7 +16,7 @@ def step():
     tokens = torch.randint(37, (2, 12), generator=torch.Generator().manual_seed(1))
     targets = tokens.roll(-1, 1)
     targets[:, -1] = IGNORED
-    return Step(gpt, tokens, targets, gpt.hidden(tokens))
+    return Step.of(gpt, tokens, targets)
 
 
 def test_the_loss_is_the_models_cross_entropy(step):
