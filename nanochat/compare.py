@@ -15,6 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from nanochat.config import compose
@@ -22,7 +23,7 @@ from nanochat.console import Parser, count, show
 from nanochat.device import find_device
 from nanochat.errors import UserError
 from nanochat.files import shown
-from nanochat.paired import MOST_SEEDS, Comparison, compare, compose_quietly, key_of, merged
+from nanochat.paired import MOST_SEEDS, Comparison, compare, compose_arm, key_of, merged
 
 PLAIN = "plain"
 TECHNIQUES = ("optim=adamw", "optim=muon8bit", "optim=galore8bit", "+mtp=on", "+collider=on", "+mhc=on")
@@ -77,9 +78,9 @@ def arms_of(texts: Sequence[str]) -> dict[str, list[str]]:
 
 def _distinct(base: Sequence[str], arms: Mapping[str, list[str]]) -> Iterator[str]:
     """Names of the arms whose configuration is not the plain one's; composing finds their mistakes."""
-    plain = compose_quietly(base)
+    plain = compose_arm(base)
     for name, words in arms.items():
-        if name == PLAIN or compose_quietly(merged(base, words)) != plain:
+        if name == PLAIN or compose_arm(merged(base, words)) != plain:
             yield name
 
 
@@ -100,13 +101,13 @@ def main(argv: list[str]) -> int:
     """Train, print the table and write it into the folder; returns the exit code."""
     options = parser().parse_intermixed_args(argv)
     base, given = options.overrides, options.arms
-    for word in base:
+    arms = arms_of(given or TECHNIQUES)
+    for word in (*base, *chain(*arms.values())):
         if key_of(word) in ("seed", "ckpt_path", "hydra.run.dir") or word in ("-m", "--multirun"):
             raise UserError(f"{word} does not go with compare, which sets it for each run.")
     if options.steps:
         base = merged(base, [f"trainer.max_steps={options.steps}"])
     steps = compose(base)["trainer"]["max_steps"]
-    arms = arms_of(given or TECHNIQUES)
     distinct = list(_distinct(base, arms))
     for name in [name for name in arms if name not in distinct]:
         if given:

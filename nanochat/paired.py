@@ -193,27 +193,33 @@ def train(
         RuntimeError: it ended otherwise, with the end of what it said.
     """
     words = [*words, f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
-    nodes = compose_quietly(words)["callbacks"] or {}
+    nodes = compose_arm(words)["callbacks"]
     words += [f"callbacks.checkpoint.every_n_train_steps={steps}"] if nodes.get("checkpoint") else []
     words += [f"~callbacks.{name}" for name in UNNEEDED if name in nodes]
     said = _summary(folder)
     if said and said["overrides"] != words:
-        raise UserError(
-            f"{shown(folder)} holds another run ({' '.join(said.get('overrides', []))}); choose another --out."
-        )
+        raise UserError(f"{shown(folder)} holds another run ({' '.join(said['overrides'])}); choose another --out.")
     if said.get("status") != "finished":
         _train(["ckpt_path=auto", *words], folder, threads, set() if watch is None else watch)
     return read_result(folder, steps)
 
 
-def compose_quietly(words: Sequence[str]) -> dict[str, Any]:
-    """`config.compose` from any thread, without the warnings, which the run repeats."""
+def compose_arm(words: Sequence[str]) -> dict[str, Any]:
+    """`config.compose` from any thread, without the warnings, which the run repeats.
+
+    Raises:
+        ConfigError: as `compose`. UserError: the run would not write down what a comparison reads.
+    """
     with _composing:
         logging.disable(logging.WARNING)
         try:
-            return compose(words)
+            cfg = compose(words)
         finally:
             logging.disable(logging.NOTSET)
+    nodes = cfg["callbacks"] or {}
+    if not (nodes.get("metrics") and nodes.get("throughput")):
+        raise UserError("a comparison reads metrics.csv: it needs the callbacks metrics and throughput.")
+    return cfg
 
 
 def _summary(folder: Path) -> dict[str, Any]:
