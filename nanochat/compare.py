@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,6 +98,10 @@ def parser() -> Parser:
     return options
 
 
+def _end(*_: object) -> None:
+    raise SystemExit(143)
+
+
 def main(argv: list[str]) -> int:
     """Train, print the table and write it into the folder; returns the exit code."""
     options = parser().parse_intermixed_args(argv)
@@ -126,7 +131,11 @@ def main(argv: list[str]) -> int:
         file=sys.stderr, flush=True,
     )  # fmt: skip
     timed = [name for name in arms if name != PLAIN] if options.equal_time else []
-    found = compare(base, arms, out, steps, options.seeds, options.jobs, timed)
+    before = signal.signal(signal.SIGTERM, _end)  # which would leave the runs behind
+    try:
+        found = compare(base, arms, out, steps, options.seeds, options.jobs, timed)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     heading = f"{' '.join(options.overrides) or 'the default run'}, {options.seeds} paired seeds"
     (out / "comparison.md").write_text(f"{heading}\n\n{found.markdown()}\n", encoding="utf-8")
     (out / "comparison.json").write_text(json.dumps({"base": base, **found.figures()}, indent=1), encoding="utf-8")

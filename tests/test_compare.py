@@ -4,7 +4,12 @@ import json
 import logging
 import math
 import shlex
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,3 +194,36 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert nanochat.cli.main(["compare", "--steps", "9", "--out", str(tmp_path / "file" / "x")]) == 2
     assert "cannot be made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_comparison_leaves_no_run_behind_and_goes_on(number, code, tmp_path):
+    out = tmp_path / "out"
+    words = ["compare", *runs.words(tmp_path), "--arms", "optim=adamw", "--seeds", "1", "--jobs", "1"]
+    words += ["--steps", "3000", "--out", str(out)]
+    command = [sys.executable, "-m", "nanochat.cli", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
+        table = out / "steps-plain-0" / "metrics.csv"
+        wait_for(lambda: table.exists() and table.read_text().count("\n") > 3, process)
+        process.send_signal(number)
+        assert process.wait(60) == code, process.stderr.read()
+        assert not [line for line in Path("/proc").glob("[0-9]*/cmdline") if str(out).encode() in read(line)]
+    summary = json.loads((out / "steps-plain-0" / "summary.json").read_text())
+    assert summary["status"] != "finished"
+    assert 0 < summary["step"] < 3000
+    assert (out / "steps-plain-0" / "checkpoints" / "last.ckpt").exists()
+
+
+def read(path):
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended
+        return b""
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.1)
