@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from nanochat.config import compose
 from nanochat.console import Parser, count, show
@@ -77,11 +78,26 @@ def arms_of(texts: Sequence[str]) -> dict[str, list[str]]:
     return arms
 
 
+SAME = ("data", "tokenizer", "seed", "trainer.accumulate_grad_batches", "model.seq_len")
+"""what the arms of a pair must share, or they would not see the same text in the same order"""
+
+
+def _at(cfg: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
 def _distinct(base: Sequence[str], arms: Mapping[str, list[str]]) -> Iterator[str]:
     """Names of the arms whose configuration is not the plain one's; composing finds their mistakes."""
     plain = compose_arm(base)
     for name, words in arms.items():
-        if name == PLAIN or compose_arm(merged(base, words)) != plain:
+        arm = plain if name == PLAIN else compose_arm(merged(base, words))
+        if other := [key for key in SAME if _at(arm, key) != _at(plain, key)]:
+            raise UserError(
+                f"--arms {name!r} changes {', '.join(other)}: no pair of the plain runs."
+            )
+        if name == PLAIN or arm != plain:
             yield name
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nanochat.config import NODE_GROUPS, SMALLEST_VOCABULARY, UNRESOLVED, set_by_user
+from nanochat.config import FEATURES, NODE_GROUPS, SMALLEST_VOCABULARY, UNRESOLVED, set_by_user
 from nanochat.errors import ConfigError, UserError
 from nanochat.messages import did_you_mean
 
@@ -127,6 +127,13 @@ def sequence_fits(values: Values) -> Iterator[str]:
     longest, length = values.number("model.seq_len"), values.number("data.seq_len")
     if longest is not None and length is not None and length > longest:
         yield f"data.seq_len={length} is longer than model.seq_len={longest}; shorten it or lengthen the model's."
+
+
+def predictions_fit(values: Values) -> Iterator[str]:
+    """Further tokens are predicted inside of a training sequence."""
+    tokens, length = values.number("mtp.tokens"), values.number("data.seq_len")
+    if tokens is not None and length is not None and tokens >= length:
+        yield f"mtp.tokens={tokens} looks beyond the training sequences of data.seq_len={length}; at most {length - 1}."
 
 
 def vocabulary_fits(values: Values) -> Iterator[str]:
@@ -245,12 +252,20 @@ def model_is_possible(values: Values) -> Iterator[str]:
 def parts_are_possible(values: Values) -> Iterator[str]:
     """What the constructors of the small parts refuse."""
     from hydra.utils import instantiate
+    from lightning import Callback
+
+    from nanochat.config_targets import locate
 
     groups = [("schedule", values.node("schedule"))]
     for group in NODE_GROUPS[1:]:
         nodes = values.get(group)
         names = nodes if isinstance(nodes, dict) else {}
         groups += [(f"{group}.{name}", values.node(f"{group}.{name}")) for name in names]
+    for feature in FEATURES:  # those that are objectives are built with the optimizer
+        node = values.node(feature)
+        target = locate(node.get("_target_"), feature)[0] if node else None
+        if isinstance(target, type) and issubclass(target, Callback):
+            groups.append((feature, node))
     tokenizer = values.node("tokenizer")
     groups.append(("tokenizer", tokenizer))
     for key, node in groups:
@@ -336,6 +351,7 @@ RULES: list[Callable[[Values], Iterator[str]]] = [
     sizes,
     plain_keys,
     sequence_fits,
+    predictions_fit,
     vocabulary_fits,
     warmup_fits,
     trainer_fits,

@@ -263,7 +263,8 @@ def describe(annotation: Any) -> str:
         words = [str(word) for word in inner]
         return f"one of {', '.join(words)}" if len(words) > 1 else words[0]
     if origin in _SEQUENCES:
-        return "a list"
+        counted = origin is tuple and inner and Ellipsis not in inner
+        return f"a list of {len(inner)}" if counted else "a list"
     if origin in _MAPPINGS:
         return "a mapping"
     return _NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))

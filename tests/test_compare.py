@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,8 @@ def test_what_every_arm_is(monkeypatch):
         ("--seeds 0", "0 must be a whole number"),
         ("seed=1", "seed=1 does not go with compare"),
         ("--arms 'optim=adamw seed=1'", "seed=1 does not go with compare"),
+        ("--arms data.batch_size=4", "changes data: no pair of the plain runs"),
+        ("--arms optim=muon8bit trainer.accumulate_grad_batches=2", "changes trainer.accumulate_grad_batches"),
         ("callbacks=none", "it needs the callbacks metrics and throughput"),
         ("~callbacks.throughput", "it needs the callbacks metrics and throughput"),
         ("schedule.warmup_steps=90 --steps 3", "warmup_steps=90"),
@@ -202,7 +205,9 @@ def test_a_stopped_comparison_leaves_no_run_behind_and_goes_on(number, code, tmp
     words = ["compare", *runs.words(tmp_path), "--arms", "optim=adamw", "--seeds", "1", "--jobs", "1"]
     words += ["--steps", "3000", "--out", str(out)]
     command = [sys.executable, "-m", "nanochat.cli", *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
+    # tests that run in a shell's background ignore Ctrl-C, and so would their children
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=default) as process:
         table = out / "steps-plain-0" / "metrics.csv"
         wait_for(lambda: table.exists() and table.read_text().count("\n") > 3, process)
         process.send_signal(number)

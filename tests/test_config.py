@@ -210,6 +210,14 @@ def test_a_feature_is_added_with_a_plus(own_files: str) -> None:
     [
         (["+mpt=on"], ["mpt", "did you mean 'mtp'"]),  # Hydra adds the string and trains without it
         (["mtp=on"], ["mtp=on", "write +mtp=on"]),
+        (["+collider=on", "collider.sparsity=1"], ["collider.sparsity=1 must lie in [0, 1)"]),
+        (["+collider=on", "collider.score=excess"], ["collider.reference=RUN belong together"]),
+        (["+collider=on", "collider.score=foo", "collider.warmup_steps=-1"], ["'foo' is unknown", "warmup_steps=-1"]),
+        (["+collider=on", "collider.cache=x"], ["collider.cache holds"]),
+        (["+mtp=on", "mtp.tokens=40", "data.seq_len=32"], ["mtp.tokens=40 looks beyond", "at most 31"]),
+        (["optim=adamw", "optim.betas=[0.9]"], ["optim.betas=[0.9] must be a list of 2"]),
+        (["optim.groups.hyper=5"], ["optim.groups.hyper=5 is no group"]),
+        (["optim=adamw", "optim.eps=0"], ["optim.eps=0 must be more than 0"]),
         (["++mtp=on"], ["write +mtp=on"]),
         (["+mtp=null"], ["+mtp=null", "+mtp=off"]),  # Hydra crashes with a TypeError
         (["+mtp=n"], ["mtp=n", "no option 'n'"]),

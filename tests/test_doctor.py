@@ -30,15 +30,15 @@ def test_a_sound_machine(capsys, monkeypatch):
 
 
 def test_device_and_precision_are_those_of_a_run(capsys, monkeypatch):
-    known, seen, hidden = doctor.smoke_config(), set(), GPT.hidden
+    known, seen, trunk = doctor.smoke_config(), set(), GPT.trunk
     trainer = {**known["trainer"], "accelerator": "cpu", "precision": "bf16-mixed"}
     monkeypatch.setattr(doctor, "smoke_config", lambda: {**known, "trainer": trainer, "compile": False})
 
-    def watched(self, tokens):
+    def watched(self, x):
         seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
-        return hidden(self, tokens)
+        return trunk(self, x)
 
-    monkeypatch.setattr(GPT, "hidden", watched)
+    monkeypatch.setattr(GPT, "trunk", watched)
     assert doctor.main(SHORT) == 0
     assert seen == {torch.bfloat16}
     assert found(capsys)["device"].endswith("bf16-mixed")

@@ -170,6 +170,8 @@ def _claim(
     groups: Mapping[str, Mapping[str, Any]], named: list[tuple[str, Tensor]]
 ) -> dict[str, list[tuple[str, Tensor]]]:
     """Group name -> its parameters, in the groups' order, groups without parameters left out."""
+    for name, node in groups.items():
+        _check_group(name, node)
     tied = not any(name in ("head.weight", "gpt.head.weight") for name, _ in named)
     active = {name: node for name, node in groups.items() if node.get("tied") in (None, tied)}
     claimed: dict[str, list[tuple[str, Tensor]]] = {name: [] for name in active}
@@ -188,6 +190,19 @@ def _claim(
                 f"ndim={active[name].get('ndim')!r}); correct it, remove it, or set optional: true."
             )
     return {name: members for name, members in claimed.items() if members}
+
+
+def _check_group(name: str, node: Any) -> None:
+    """Raise `UserError` for a group that is none, or whose conditions no parameter can meet."""
+    where = f"optim.groups.{name}"
+    if not isinstance(node, Mapping):
+        raise UserError(f"{where}={node!r} is no group such as {{match: '*', rule: adamw}}; ~{where} removes one.")
+    for key in ("tied", "optional"):
+        if node.get(key) is not None and not isinstance(node[key], bool):
+            raise UserError(f"{where}.{key}={node[key]!r} must be true, false or null.")
+    dimensions = node.get("ndim")
+    if dimensions is not None and (not isinstance(dimensions, int) or isinstance(dimensions, bool)):
+        raise UserError(f"{where}.ndim={dimensions!r} must be a whole number or null.")
 
 
 def _matches(node: Mapping[str, Any], name: str, parameter: Tensor) -> bool:

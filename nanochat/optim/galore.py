@@ -105,7 +105,8 @@ class GaLore(Rule):
         """Carry the state from the old space to the new one.
 
         turn: (rank, rank) = new projector^T old projector. The first moment turns with it; the second by its squares,
-        which keeps it positive and is exact for uncorrelated coordinates (as in LDAdam, arXiv:2410.16103).
+        which keeps it positive and is exact for uncorrelated coordinates of mean zero (the idea: LDAdam,
+        arXiv:2410.16103).
         """
         state["exp_avg"].copy_(_turned(state["exp_avg"], turn, tall))
         state["exp_avg_sq"].copy_(_turned(state["exp_avg_sq"], turn.square(), tall))

@@ -41,7 +41,7 @@ def codes_like(parameter: Tensor) -> Tensor:
 def span_size(x: Tensor, block: int) -> int:
     """Elements of the longest span of a tensor."""
     full = x.numel() // block * block
-    return max(block, full if x.is_cuda else min(full, max(SPAN // block, 1) * block))
+    return max(min(block, x.numel()), full if x.is_cuda else min(full, max(SPAN // block, 1) * block))
 
 
 def spans(x: Tensor, block: int) -> Iterator[tuple[slice, slice]]:

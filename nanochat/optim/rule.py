@@ -73,10 +73,17 @@ def number(value: Any, what: str, low: float = 0.0, high: float = math.inf, *, o
     return float(value)
 
 
-def _whole(value: Any, what: str, low: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise UserError(f"{what} must be a whole number of at least {low}.")
+def _whole(value: Any, what: str, low: int, high: int | None = None) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        limits = f"of at least {low}" if high is None else f"from {low} to {high:,}"
+        raise UserError(f"{what} must be a whole number {limits}.")
     return value
+
+
+def _positive(value: Any, what: str) -> float:
+    if number(value, what) == 0.0:
+        raise UserError(f"{what} must be more than 0: elements without a gradient would divide zero by zero.")
+    return float(value)
 
 
 def _switch(value: Any, what: str) -> bool:
@@ -117,7 +124,7 @@ def _beta(value: Any, what: str) -> float:
 
 _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "betas": _betas,
-    "eps": lambda value, what: number(value, what),
+    "eps": _positive,
     "momentum": _beta,
     "momentum_start": _beta,
     "momentum_warmup": lambda value, what: _whole(value, what, 0),
@@ -129,7 +136,7 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "row_equilibration": _switch,
     "normuon_beta": _beta,
     "cautious_weight_decay": _switch,
-    "block_size": lambda value, what: _whole(value, what, 16),
+    "block_size": lambda value, what: _whole(value, what, 16, 2**24),
     "stochastic_rounding": _switch,
     "rank": _rank,
     "update_period": lambda value, what: _whole(value, what, 1),

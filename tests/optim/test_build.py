@@ -74,6 +74,13 @@ BAD = [
     ({"lr": -1}, r"optim\.lr=-1"),
     ({"lr": "fast"}, r"optim\.lr='fast'"),
     ({"eps": -1e-8}, "eps"),
+    ({"eps": 0}, "eps=0 must be more than 0"),
+    ({"block_size": 2**63}, "from 16 to 16,777,216"),
+    ({"groups": {"all": None}}, "groups.all=None is no group"),
+    ({"groups": {"all": 5}}, "groups.all=5 is no group"),
+    ({"groups": {"all": {"rule": "adamw", "tied": "maybe"}}}, "all.tied='maybe' must be true, false or null"),
+    ({"groups": {"all": {"rule": "adamw", "optional": 1}}}, "all.optional=1 must be"),
+    ({"groups": {"all": {"rule": "adamw", "ndim": "2"}}}, "all.ndim='2' must be a whole number"),
     ({"ns_steps": 0}, "ns_steps=0"),
     ({"newton_schulz": "quintic"}, "quintic.*polar_express"),
     ({"newton_schulz": "polar_express", "ns_steps": 3}, "ns_steps=3 is too few"),
@@ -86,12 +93,12 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=[str(list(c)) for c, _ in BAD])
 def test_bad_configurations_are_named(changes, message):
-    if changes.get("betas") or changes.get("eps"):
+    if "betas" in changes or "eps" in changes:
         changes = {"groups": {"all": {"rule": "adamw"}}, "lr": 1.0, **changes}
         with pytest.raises(UserError, match=message):
             build(Net().named_parameters(), **changes)
         return
-    base = config("muon")
+    base = config("muon8bit" if "block_size" in changes else "muon")
     if "groups" in changes:
         base = {"lr": 1.0}
     with pytest.raises(UserError, match=message):
