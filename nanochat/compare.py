@@ -94,9 +94,7 @@ def _distinct(base: Sequence[str], arms: Mapping[str, list[str]]) -> Iterator[st
     for name, words in arms.items():
         arm = plain if name == PLAIN else compose_arm(merged(base, words))
         if other := [key for key in SAME if _at(arm, key) != _at(plain, key)]:
-            raise UserError(
-                f"--arms {name!r} changes {', '.join(other)}: no pair of the plain runs."
-            )
+            raise UserError(f"--arms {name!r} changes {', '.join(other)}, which pairs must share.")
         if name == PLAIN or arm != plain:
             yield name
 

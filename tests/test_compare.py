@@ -177,7 +177,7 @@ def test_what_every_arm_is(monkeypatch):
         ("--seeds 0", "0 must be a whole number"),
         ("seed=1", "seed=1 does not go with compare"),
         ("--arms 'optim=adamw seed=1'", "seed=1 does not go with compare"),
-        ("--arms data.batch_size=4", "changes data: no pair of the plain runs"),
+        ("--arms data.batch_size=4", "changes data, which pairs must share"),
         ("--arms optim=muon8bit trainer.accumulate_grad_batches=2", "changes trainer.accumulate_grad_batches"),
         ("callbacks=none", "it needs the callbacks metrics and throughput"),
         ("~callbacks.throughput", "it needs the callbacks metrics and throughput"),

@@ -129,6 +129,26 @@ def test_what_is_accepted_has_the_true_distribution(seed):
     assert 0.2 < accepted / (2 * count) < 0.95
 
 
+def test_generated_tokens_have_the_trunks_distribution_at_a_temperature():
+    """The first two tokens at temperature 0.5, against plain sampling's probabilities (chi-square)."""
+    config = dataclasses.replace(SMALL, vocab_size=8, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=16)
+    gpt, heads = doubled(config, count=1)
+    prompt, sampling, count = [1, 2, 3], Sampling(0.5), 2500
+    words = range(config.vocab_size)
+    with torch.inference_mode():
+        first = probabilities(gpt(torch.tensor([prompt]))[0, -1], sampling)
+        second = probabilities(gpt(torch.tensor([[*prompt, word] for word in words]))[:, -1], sampling)
+    speculator = Speculator(gpt, heads)
+    found = Counter(tuple(speculator.generate(prompt, 2, sampling, seed=seed)) for seed in range(count))
+    assert 0.1 < speculator.statistics.accepted / speculator.statistics.drafted < 0.9
+    expected = {(a, b): count * float(first[a] * second[a, b]) for a in words for b in words}
+    cells = [(found[pair], e) for pair, e in expected.items() if e >= 5]
+    cells.append(tuple(map(sum, zip(*((found[p], e) for p, e in expected.items() if e < 5), strict=True))))
+    chi = sum((f - e) ** 2 / e for f, e in cells)
+    print("CHI", chi, len(cells), cells[-1], speculator.statistics)
+    assert chi < (len(cells) - 1) + 4 * (2 * (len(cells) - 1)) ** 0.5  # four standard deviations
+
+
 def test_stops_where_plain_decoding_stops():
     gpt, heads = doubled()
     answer = plain(gpt, [1, 2, 3], 30, GREEDY)

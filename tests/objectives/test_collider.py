@@ -1,8 +1,11 @@
 """Collider: which tokens are kept, what every objective then sees, and the cache of a reference's losses."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nanochat.errors import ConfigError
 from nanochat.model import GPT, GPTConfig
@@ -205,3 +208,37 @@ def test_a_cut_off_record_is_not_read(tmp_path):
     second = again.put(two, two_t, scores(1, 24, seed=2))
     assert torch.equal(ScoreCache(tmp_path, reference).get(two, two_t), second)
     assert np.isfinite(second.numpy()).all()
+
+
+def test_random_tokens_are_drawn_anew_for_each_micro_batch():
+    module = SimpleNamespace(cfg={"seed": 5}, gpt=GPT(BASE), objectives={"next_token": NextToken(BASE)})
+    losses = scores(3, 24)
+
+    def chosen(consumed, seed=5):
+        module.cfg["seed"] = seed
+        trainer = SimpleNamespace(global_step=0, max_steps=100, datamodule=SimpleNamespace(consumed=consumed))
+        collider = Collider(0.5, "random", warmup_steps=0)
+        collider.on_train_batch_start(trainer, module, {"targets": torch.ones(3, 24, dtype=torch.long)}, 0)
+        selected = module.objectives["next_token"].selector(losses)
+        assert selected.shape == (3, 12)
+        return selected.tolist()
+
+    torch.manual_seed(1)
+    first, second = chosen(7), chosen(8)
+    torch.manual_seed(2)  # the global generator does not matter
+    assert chosen(7) == first
+    assert chosen(8) == second
+    assert len({str(row) for row in [*first, *second]}) == 6  # sequences differ from one another too
+    assert chosen(7, seed=6) != first
+
+
+def test_reference_losses_are_the_reference_networks_own():
+    reference = network(GPTConfig(**{**BASE.__dict__, "softcap": 4.0})).float()
+    tokens, targets = data(BASE, batch=3)
+    targets[1, 4:7] = IGNORED
+    collider = Collider(score="excess", reference="a run")
+    collider._reference = reference
+    found = collider._reference_losses({"tokens": tokens, "targets": targets})
+    with torch.no_grad():
+        expected = F.cross_entropy(reference(tokens).mT, targets, ignore_index=IGNORED, reduction="none")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -327,6 +327,20 @@ def test_the_weight_reaches_the_loss():
     assert objective(step_of(gpt, *data, step=90, max_steps=100)).item() == 0.0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_are_the_losses_without_their_weights(kind):
+    gpt, objective = make(kind, tokens=2, weight=0.4)
+    tokens, targets = batch()
+    step = step_of(gpt, tokens, targets)
+    objective(step)
+    objective.weight = 1.5  # the losses with the weights 1 and 1/2
+    both = brute_force(gpt, objective, tokens, targets)
+    objective.weight, objective.tokens = 1.0, 1
+    near = brute_force(gpt, objective, tokens, targets)
+    assert step.metrics["mtp/loss_2"].item() == pytest.approx(near.item(), rel=1e-5)
+    assert step.metrics["mtp/loss_3"].item() == pytest.approx(2 * (both - near).item(), rel=1e-5)
+
+
 def test_no_valid_target_is_zero():
     gpt, objective = make("sequential")
     tokens, _ = batch()

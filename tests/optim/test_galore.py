@@ -186,7 +186,7 @@ def test_bytes_of_the_matrices():
     assert sizes["apollo"] < 0.01 * 8
 
 
-def apollo_by_hand(weight, gradients, projectors, lr, scale, limit):
+def apollo_by_hand(weight, gradients, projectors, lr, wd, scale, limit):
     """APOLLO in float64: rank 1 scales the whole tensor, a higher rank each channel of the longer side."""
     weight, moment1, moment2, last = weight.astype(np.float64), 0.0, 0.0, 0.0
     tall = weight.shape[0] > weight.shape[1]
@@ -204,7 +204,7 @@ def apollo_by_hand(weight, gradients, projectors, lr, scale, limit):
         if last and size > limit * last:
             step, size = step * limit * last / size, limit * last
         last = size
-        weight = weight - lr * scale * (step.T if tall else step)
+        weight = weight * (1 - lr * wd) - lr * scale * (step.T if tall else step)
     return weight
 
 
@@ -215,13 +215,13 @@ def test_apollo_is_its_definition(rank, shape):
 
     torch.manual_seed(0)
     start, gradients = torch.randn(shape), torch.randn(10, *shape) * torch.linspace(1, 3, 10)[:, None, None]
-    optimizer = single(start.clone(), "apollo", 0.01, rank=rank, update_period=4, scale=5.0)
+    optimizer = single(start.clone(), "apollo", 0.01, weight_decay=0.3, rank=rank, update_period=4, scale=5.0)
     for gradient in gradients:
         only(optimizer).grad = gradient.clone()
         optimizer.step()
     projectors = [random_projector(rank, 12, t // 4, 0, torch.device("cpu")).numpy() for t in range(10)]
     assert not np.array_equal(projectors[3], projectors[4])
-    expected = apollo_by_hand(start.numpy(), gradients.numpy(), projectors, 0.01, 5.0, 1.01)
+    expected = apollo_by_hand(start.numpy(), gradients.numpy(), projectors, 0.01, 0.3, 5.0, 1.01)
     torch.testing.assert_close(only(optimizer).detach().double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
 
 

@@ -142,6 +142,52 @@ def test_lion_is_its_definition():
     torch.testing.assert_close(only(optimizer).double(), lion_by_hand(start, gradients, 0.01, 0.3), rtol=0, atol=1e-6)
 
 
+def test_lion8bit_is_its_definition_under_a_constant_gradient():
+    """The update is then the gradient's sign, whatever the codes lose."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(64, 128), torch.randn(64, 128)
+    optimizer = single(start.clone(), "lion8bit", 0.01, weight_decay=0.3)
+    for _ in range(3):
+        only(optimizer).grad = gradient.clone()
+        optimizer.step()
+    expected = lion_by_hand(start, gradient.expand(3, 64, 128), 0.01, 0.3)
+    torch.testing.assert_close(only(optimizer).double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "forgetful", "key"),
+    [
+        ("muon8bit", {"momentum": 0.0}, "momentum"),
+        ("lion8bit", {"betas": (0.9, 0.0)}, "momentum"),
+        ("adamw8bit", {"betas": (0.0, 0.0)}, "exp_avg"),
+    ],
+)
+def test_rules_round_stochastically_when_asked_to(rule, forgetful, key):
+    """Codes of two steps and two parameters with one gradient; the momenta are then all the gradient itself."""
+    gradient = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+
+    def codes(stochastic):
+        weights = [(name, nn.Parameter(torch.ones(64, 128))) for name in "ab"]
+        group = {"rule": rule, "stochastic_rounding": stochastic, **forgetful}
+        optimizer = build(weights, lr=0.01, groups={"all": group})
+        found = []
+        for _ in range(2):
+            for _, parameter in weights:
+                parameter.grad = gradient.clone()
+            optimizer.step()
+            found += [optimizer.state[parameter][key].clone() for _, parameter in weights]
+        return found
+
+    nearest, rounded = codes(False), codes(True)
+    assert all(torch.equal(nearest[0], other) for other in nearest[1:])
+    draws = [nearest[0], *rounded]
+    for i, one in enumerate(draws):
+        for other in draws[:i]:
+            assert 0.05 < (one != other).float().mean() < 0.95
+            assert (one.int() - other.int()).abs().max() <= 1
+    assert all(torch.equal(one, other) for one, other in zip(rounded, codes(True), strict=True))
+
+
 def test_bytes_of_the_matrices():
     """The claims, from tensors: 8-bit Muon at most 1.01 bytes an element, NorMuon included, 8-bit AdamW 2.004."""
     for rule, most, options in (
