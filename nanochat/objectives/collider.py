@@ -173,7 +173,7 @@ class Collider(Callback):
         gpt = self._reference
         assert gpt is not None
         hidden = gpt.hidden(tokens)
-        losses = linear_cross_entropy(hidden, gpt.head_weight(), targets, softcap=0.0).per_token
+        losses = linear_cross_entropy(hidden, gpt.head_weight(), targets, softcap=gpt.config.softcap).per_token
         if self._cache is not None:
             losses = self._cache.put(tokens, targets, losses)
         return losses
