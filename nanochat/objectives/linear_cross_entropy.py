@@ -38,7 +38,7 @@ class HeadGradient:
         self.pending = 0  # later calls whose backward is to come
         self.upstream: Tensor | None = None
 
-    def arrived(self, upstream: Tensor, first: bool) -> None:
+    def arrived(self, upstream: Tensor, later: bool) -> None:
         """Note the gradient of a call's loss; raises `RuntimeError` where the terms were not simply summed."""
         if self.upstream is not None:
             same = torch.eq(upstream, self.upstream)
@@ -47,9 +47,12 @@ class HeadGradient:
             elif not same:
                 raise RuntimeError("terms that share a HeadGradient must be summed without further factors.")
         self.upstream = upstream
-        self.pending -= not first
-        if first and self.pending:
+        if later:
+            self.pending -= 1
+        elif self.pending:
             raise RuntimeError("a term that shares a HeadGradient is missing in the loss.")
+        else:
+            self.buffer = None  # it is autograd's now
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -102,11 +105,12 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():
         # inside of a Function gradients are always off: it goes by what its inputs ask for
         hidden, weight = hidden.detach(), weight.detach()
-    later = head is not None and head.buffer is not None
+    # a call without a gradient to hidden would have no backward to answer for what it added
+    later = head is not None and head.buffer is not None and hidden.requires_grad
     assert selector is None or not later, "only the first call of a step selects"
     if later:
         weight = weight.detach()  # its gradient goes the first call's way
-    options = _Options(softcap, label_smoothing, z_loss, chunk, selector, (batch, length), head, coefficient)
+    options = _Options(softcap, label_smoothing, z_loss, chunk, selector, (batch, length), head, later, coefficient)
     loss, per_token, kept = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), options)  # type: ignore[misc]
     return LinearCrossEntropy(loss, per_token.view(batch, length), kept)
 
@@ -119,6 +123,8 @@ class _Options(NamedTuple):
     selector: Selector | None
     shape: tuple[int, int]
     head: HeadGradient | None
+    later: bool
+    """another call has opened `head`"""
     coefficient: Tensor | float
 
 
@@ -132,7 +138,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(x) if needs_hidden else None
         head, coefficient = options.head, options.coefficient
         factor: Tensor | float = 1.0  # of the rows' gradients
-        if head is not None and head.buffer is not None:
+        if options.later:
+            assert head is not None
             grad_weight = head.buffer
             factor = coefficient * head.divisor / (targets != IGNORED).sum().clamp_min(1)
         else:
@@ -172,12 +179,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count.clamp_min_(1.0)
         ctx.gradients = (grad_hidden, grad_weight if needs_weight else None)
         ctx.dtypes = (hidden.dtype, weight.dtype)
-        ctx.head, ctx.first, ctx.divisor, ctx.coefficient = head, True, count, coefficient
-        if head is not None and head.buffer is not None:
-            ctx.first, ctx.divisor, ctx.coefficient = False, head.divisor, 1.0  # the factor is in the rows
+        ctx.head, ctx.later, ctx.scale = None, options.later, coefficient / count
+        if options.later:
+            assert head is not None
+            ctx.head, ctx.scale = head, 1.0 / head.divisor  # the factor is in the rows
             head.pending += 1
         elif head is not None and needs_weight and isinstance(coefficient, float) and coefficient == 1.0:
-            head.buffer, head.divisor = grad_weight, count
+            ctx.head, head.buffer, head.divisor = head, grad_weight, count
         positions = torch.cat(kept) if kept else None
         ctx.mark_non_differentiable(per_token, *([] if positions is None else [positions]))
         return total * (coefficient / count), per_token, positions
@@ -186,11 +194,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream: Tensor, *_):  # type: ignore[override]
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy keeps its gradient once: call backward a single time.")
-        if ctx.head is not None and ctx.head.buffer is not None:
-            ctx.head.arrived(upstream, ctx.first)
-            if ctx.first:
-                ctx.head.buffer = None
-        scale = upstream * (ctx.coefficient / ctx.divisor)
+        if ctx.head is not None:
+            ctx.head.arrived(upstream, ctx.later)
+        scale = upstream * ctx.scale
         gradients = [
             None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]

@@ -344,3 +344,15 @@ def test_validation_multiplies_once(quiet):
     with Products():
         linear_cross_entropy(hidden, weight, targets)
     assert len(seen) == 1 + 3
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_call_without_a_gradient_of_its_own_adds_nothing(quiet):
+    """Between a step's terms: under no_grad, or of hidden states that nothing has to learn from."""
+    hidden, weight, targets = inputs()
+    head = HeadGradient()
+    first = linear_cross_entropy(hidden, weight, targets, head=head).loss
+    with torch.set_grad_enabled(not quiet):
+        linear_cross_entropy(hidden.detach() * 2, weight, targets, head=head, coefficient=0.5)
+    first.backward()
+    assert relative(weight.grad, dense(hidden, weight, targets)[-1]) <= 1e-5
