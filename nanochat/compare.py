@@ -20,12 +20,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from nanochat.config import compose
+from nanochat.config import compose, key_of
 from nanochat.console import Parser, count, show
 from nanochat.device import find_device
 from nanochat.errors import UserError
 from nanochat.files import shown
-from nanochat.paired import MOST_SEEDS, Comparison, compare, compose_arm, key_of, merged
+from nanochat.paired import MOST_SEEDS, Comparison, compare, compose_arm, merged
 
 PLAIN = "plain"
 TECHNIQUES = ("optim=adamw", "optim=muon8bit", "optim=galore8bit", "+mtp=on", "+collider=on", "+mhc=on")
@@ -152,9 +152,10 @@ def main(argv: list[str]) -> int:
         signal.signal(signal.SIGTERM, before)
     heading = f"{' '.join(options.overrides) or 'the default run'}, {options.seeds} paired seeds"
     (out / "comparison.md").write_text(f"{heading}\n\n{found.markdown()}\n", encoding="utf-8")
-    (out / "comparison.json").write_text(json.dumps({"base": base, **found.figures()}, indent=1), encoding="utf-8")
+    figures = json.dumps({"base": base, **found.figures()}, indent=1)
+    (out / "comparison.json").write_text(figures, encoding="utf-8")
     if options.json:
-        print(json.dumps({"base": base, **found.figures()}, indent=1))
+        print(figures)
         return 0
     notes = [
         "Difference: in bits per byte, to the plain run of the same seed; less is better; ± is the 95% interval.",

@@ -65,9 +65,14 @@ def user_overrides() -> list[str]:
     return [str(word) for word in words]  # type: ignore[union-attr]
 
 
+def key_of(word: str) -> str:
+    """The key that an override speaks of."""
+    return word.lstrip("+~").partition("=")[0]
+
+
 def set_by_user(key: str) -> bool:
     """Whether the command line itself gives `key` a value."""
-    return any(word.lstrip("+~").split("=", 1)[0] == key for word in user_overrides())
+    return any(key_of(word) == key for word in user_overrides())
 
 
 # ---- resolvers ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nanochat.config import FEATURES, NODE_GROUPS, SMALLEST_VOCABULARY, UNRESOLVED, set_by_user
+from nanochat.config import NODE_GROUPS, SMALLEST_VOCABULARY, UNRESOLVED, set_by_user
 from nanochat.errors import ConfigError, UserError
 from nanochat.messages import did_you_mean
 
@@ -254,18 +254,15 @@ def parts_are_possible(values: Values) -> Iterator[str]:
     from hydra.utils import instantiate
     from lightning import Callback
 
-    from nanochat.config_targets import locate
+    from nanochat.lightning.module import feature_nodes
 
     groups = [("schedule", values.node("schedule"))]
     for group in NODE_GROUPS[1:]:
         nodes = values.get(group)
         names = nodes if isinstance(nodes, dict) else {}
         groups += [(f"{group}.{name}", values.node(f"{group}.{name}")) for name in names]
-    for feature in FEATURES:  # those that are objectives are built with the optimizer
-        node = values.node(feature)
-        target = locate(node.get("_target_"), feature)[0] if node else None
-        if isinstance(target, type) and issubclass(target, Callback):
-            groups.append((feature, node))
+    sound = {key: values.node(key) for key in values.plain}
+    groups += feature_nodes(sound, Callback).items()  # those that are objectives are built with the optimizer
     tokenizer = values.node("tokenizer")
     groups.append(("tokenizer", tokenizer))
     for key, node in groups:

@@ -16,6 +16,11 @@ def find_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass in `32-true` or `bf16-mixed`, as the Trainer would make it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision != "32-true")
+
+
 def default_precision(device: torch.device) -> str:
     """Lightning's name of the precision in which a run computes there, unless it says otherwise."""
     return "bf16-mixed" if device.type == "cuda" else "32-true"

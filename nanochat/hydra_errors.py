@@ -11,7 +11,7 @@ import yaml
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from nanochat.config import CONF, FEATURES
+from nanochat.config import CONF, FEATURES, key_of
 from nanochat.errors import ConfigError
 from nanochat.messages import did_you_mean
 
@@ -93,7 +93,7 @@ def explain(error: BaseException, overrides: Sequence[str] = (), *, resuming: bo
 
 def _word(key: str, overrides: Sequence[str]) -> str:
     """The override that names `key`, as the user wrote it."""
-    return next((word for word in overrides if word.lstrip("+~").split("=", 1)[0].split("@")[0] == key), key)
+    return next((word for word in overrides if key_of(word).split("@")[0] == key), key)
 
 
 def _missing_option(error: MissingConfigException, overrides: Sequence[str]) -> str:

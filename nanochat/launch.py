@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nanochat import sweep
 from nanochat.config import CONF, check, hydra_settings
 from nanochat.errors import UserError
+from nanochat.files import quoted
 from nanochat.hydra_errors import explain, refuse
 from nanochat.messages import print_error
 
@@ -241,8 +242,7 @@ def resume(words: list[str]) -> list[str]:
     ]
     node = {"defaults": ["_self_", *settings], "hydra": train["hydra"], **saved}
     ConfigStore.instance().store(name="resume", node=node)
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    own = [f"hydra.run.dir='{quoted}'", "hydra.output_subdir=null", "ckpt_path=last"]
+    own = [f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null", "ckpt_path=last"]
     return ["--config-name", "resume", *own, *rest]
 
 

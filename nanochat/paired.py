@@ -6,8 +6,6 @@ comparison that was stopped goes on.
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import os
 import re
@@ -21,12 +19,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from nanochat.config import compose
+from nanochat.config import compose, key_of
 from nanochat.errors import UserError
-from nanochat.files import shown
+from nanochat.files import quoted, read_summary, shown
+from nanochat.lightning.callbacks.metrics import read_rows
 
 # two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom
 STUDENT = (
@@ -36,6 +36,8 @@ STUDENT = (
 MOST_SEEDS = len(STUDENT) + 1
 UNNEEDED = ("sampler", "loss_plot")
 """callbacks that take time in every arm and say nothing in a comparison"""
+FRESH_OR_ON = "ckpt_path=auto"
+"""a run that was stopped goes on"""
 _composing = threading.Lock()  # Hydra's settings are global
 
 
@@ -196,11 +198,12 @@ def train(
     nodes = compose_arm(words)["callbacks"]
     words += [f"callbacks.checkpoint.every_n_train_steps={steps}"] if nodes.get("checkpoint") else []
     words += [f"~callbacks.{name}" for name in UNNEEDED if name in nodes]
-    said = _summary(folder)
-    if said and said["overrides"] != words:
-        raise UserError(f"{shown(folder)} holds another run ({' '.join(said['overrides'])}); choose another --out.")
+    said = read_summary(folder)
+    before = [word for word in said.get("overrides", []) if word != FRESH_OR_ON]
+    if said and before != words:
+        raise UserError(f"{shown(folder)} holds another run ({' '.join(before)}); choose another --out.")
     if said.get("status") != "finished":
-        _train(["ckpt_path=auto", *words], folder, threads, set() if watch is None else watch)
+        _train([FRESH_OR_ON, *words], folder, threads, set() if watch is None else watch)
     return read_result(folder, steps)
 
 
@@ -222,15 +225,6 @@ def compose_arm(words: Sequence[str]) -> dict[str, Any]:
     return cfg
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    found["overrides"] = [word for word in found.get("overrides", []) if word != "ckpt_path=auto"]
-    return found
-
-
 def _train(words: list[str], folder: Path, threads: int, watch: set[subprocess.Popen]) -> None:
     command = [sys.executable, "-m", "nanochat.cli", "train", *words, f"hydra.run.dir={quoted(folder.resolve())}"]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -249,16 +243,9 @@ def _train(words: list[str], folder: Path, threads: int, watch: set[subprocess.P
         raise RuntimeError(f"{shlex.join(command)} ended with code {child.returncode}:\n{out[-2000:]}\n{err[-2000:]}")
 
 
-def quoted(path: Path) -> str:
-    """A path as a value of Hydra's grammar."""
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def read_result(folder: Path, steps: int) -> Result:
     """What a finished run wrote; raises `UserError` when it has not the figures of a comparison."""
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    rows, summary = read_rows(folder / "metrics.csv"), read_summary(folder)
     # the later half: warm-ups are over by then
     half = [row for row in rows if row.get("train/tokens_per_second")]
     speeds = [float(row["train/tokens_per_second"]) for row in half[len(half) // 2 :]]
@@ -292,24 +279,22 @@ def compare(
         base: overrides of every run. arms: name -> further overrides; the first arm is the one to compare with.
         out: folder of the runs. jobs: runs at a time. timed: arms that are compared at equal time, too.
     """
-    names = list(arms)
     with _Runner(jobs) as runner:
 
-        def plan(kind: str, arm: str, seed: int, steps: int) -> Future[Result]:
-            name = re.sub(r"[^\w.=+-]+", "_", f"{kind}-{arm}-{seed}")
-            return runner.submit([*merged(base, arms[arm]), f"seed={seed}"], out / name, steps)
+        def results(kind: str, steps_of: Mapping[str, int]) -> dict[str, list[Result]]:
+            planned: dict[str, list[Future[Result]]] = {arm: [] for arm in steps_of}
+            # seed by seed, so that the arms of a pair share the machine's mood
+            for seed in range(seeds):
+                for arm, number in steps_of.items():
+                    name = re.sub(r"[^\w.=+-]+", "_", f"{kind}-{arm}-{seed}")
+                    words = [*merged(base, arms[arm]), f"seed={seed}"]
+                    planned[arm].append(runner.submit(words, out / name, number))
+            _settle(chain(*planned.values()))
+            return {arm: [future.result() for future in futures] for arm, futures in planned.items()}
 
-        # seed by seed, so that the arms of a pair share the machine's mood
-        first = {(arm, seed): plan("steps", arm, seed, steps) for seed in range(seeds) for arm in names}
-        _settle(first.values())
-        found = Comparison(steps, {arm: [first[arm, seed].result() for seed in range(seeds)] for arm in names})
-        for arm in timed:
-            found.timed_steps[arm] = max(1, round(steps / found.step_ratio(arm)))
-        second = {
-            (arm, seed): plan("time", arm, seed, found.timed_steps[arm]) for seed in range(seeds) for arm in timed
-        }
-        _settle(second.values())
-        found.timed = {arm: [second[arm, seed].result() for seed in range(seeds)] for arm in timed}
+        found = Comparison(steps, results("steps", dict.fromkeys(arms, steps)))
+        found.timed_steps = {arm: max(1, round(steps / found.step_ratio(arm))) for arm in timed}
+        found.timed = results("time", found.timed_steps)
     return found
 
 
@@ -323,7 +308,3 @@ def merged(base: Sequence[str], words: Sequence[str]) -> list[str]:
     """The base's overrides with an arm's: of two words for one key the arm's stays."""
     own = {key_of(word) for word in words}
     return [*(word for word in base if key_of(word) not in own), *words]
-
-
-def key_of(word: str) -> str:
-    return word.lstrip("+~").partition("=")[0]

@@ -11,7 +11,7 @@ from typing import Any
 import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,7 +24,7 @@ from nanochat.lightning.callbacks.base import PendingValidation
 from nanochat.lightning.callbacks.guard import NonFiniteError
 from nanochat.lightning.callbacks.progress import ProgressBar
 from nanochat.lightning.callbacks.time_limit import TimeLimit
-from nanochat.lightning.module import NanoChatModule, model_config
+from nanochat.lightning.module import NanoChatModule, feature_nodes, model_config
 from nanochat.lightning.resume import anchor_paths, check_resume, find_checkpoint
 from nanochat.report import Report
 
@@ -173,12 +173,7 @@ def write_run_files(folder: Path, cfg: DictConfig, plain: dict[str, Any], data: 
 
 def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any]) -> Trainer:
     """The Trainer with the configured callbacks, and the features that are callbacks."""
-    nodes = dict(plain.get("callbacks") or {})
-    for name, node in plain.items():
-        if isinstance(node, dict) and str(node.get("_target_", "")).startswith("nanochat.objectives."):
-            target = get_class(node["_target_"])
-            if issubclass(target, Callback):
-                nodes[name] = node
+    nodes = {**(plain.get("callbacks") or {}), **feature_nodes(plain, Callback)}
     options = dict(plain["trainer"])
     bar, limit = options.pop("enable_progress_bar", True), options.pop("max_time", None)
     if isinstance(options.get("val_check_interval"), int):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.errors import ConfigError, UserError
+from nanochat.files import read_summary
 
 COLUMNS = {
     "val/loss": "val/loss",
@@ -30,17 +30,9 @@ class Job:
     folder: Path
     error: BaseException | None = None
 
-    def summary(self) -> dict[str, Any]:
-        """The run's summary.json, `{}` when there is none."""
-        try:
-            found = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
-
     def row(self) -> dict[str, Any]:
         """The job's line in sweep.csv."""
-        summary = {} if self.error else self.summary()
+        summary = {} if self.error else read_summary(self.folder)
         return {
             "job": self.number,
             "overrides": " ".join(self.overrides),

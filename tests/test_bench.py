@@ -1,12 +1,13 @@
 """The benches run, and their figures have the meaning that their names promise."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 import nanochat.cli
-from nanochat.bench import cli, loss, step
+from nanochat.bench import cli, loss, measure, step
 from nanochat.errors import UserError
 from nanochat.lightning.callbacks.checkpoint import Checkpoint
 from nanochat.lightning.callbacks.guard import NonFiniteGuard
@@ -142,3 +143,16 @@ def autocast():
 def test_unknown_bench():
     with pytest.raises(UserError, match="did you mean 'step'"):
         cli.main(["stepp"])
+
+
+def test_rounds_alternate_and_pair():
+    order, ticks = [], iter(range(100))
+
+    def arm(name):
+        order.append(name)
+        return next(ticks)
+
+    taken = measure.rounds({name: partial(arm, name) for name in "abc"}, repeats=2)
+    assert "".join(order) == "abc" + "cba" + "abc"  # the first round warms up
+    assert taken == {"a": [5, 6], "b": [4, 7], "c": [3, 8]}
+    assert measure.paired_ratio([1.0, 30.0, 4.0], [2.0, 10.0, 1.0]) == 3.0

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from nanochat.config import CONF, compose
-from nanochat.device import default_precision, find_device
+from nanochat.device import autocast, default_precision, find_device
 from nanochat.lightning.module import model_config
 from nanochat.model import GPTConfig
 
@@ -49,11 +49,11 @@ class Workplace:
 
     def __init__(self) -> None:
         self.device = find_device()
-        self.mixed = default_precision(self.device) != "32-true"
+        self.precision = default_precision(self.device)
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
+        return autocast(self.device, self.precision)
 
 
 def clock() -> float:
@@ -94,12 +94,10 @@ def rounds(
     return results
 
 
-def interleaved(
-    arms: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1, say: bool = False
-) -> dict[str, float]:
+def interleaved(arms: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, float]:
     """Median seconds of each arm, in turns as `rounds` takes them."""
     timed = {name: (lambda function=function: seconds(function)) for name, function in arms.items()}
-    return {name: statistics.median(taken) for name, taken in rounds(timed, repeats, warm_up, say).items()}
+    return {name: statistics.median(taken) for name, taken in rounds(timed, repeats, warm_up).items()}
 
 
 def paired_ratio(arm: Sequence[float], base: Sequence[float]) -> float:

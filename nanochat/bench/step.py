@@ -18,7 +18,7 @@ from nanochat.bench.measure import clock, interleaved, report, seconds
 from nanochat.config import compose
 from nanochat.console import Parser, show, some_of
 from nanochat.data.random_tokens import RandomTokens
-from nanochat.device import find_device
+from nanochat.device import autocast, find_device
 from nanochat.errors import UserError
 from nanochat.lightning.module import NanoChatModule, model_config
 from nanochat.objectives import Step, linear_cross_entropy
@@ -56,7 +56,7 @@ def build(cfg: dict[str, Any]) -> NanoChatModule:
 
 def precision(module: NanoChatModule) -> torch.autocast:
     """The precision in which the Trainer would run the forward pass."""
-    return torch.autocast(module.device.type, torch.bfloat16, enabled=module.cfg["trainer"]["precision"] != "32-true")
+    return autocast(module.device, module.cfg["trainer"]["precision"])
 
 
 def loss_of(module: NanoChatModule, batch: dict[str, Tensor]) -> Tensor:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from nanochat.files import read_summary
 from nanochat.model.checkpoint import Run
 
 
 def _summary(folder: Path) -> dict[str, Any]:
     """`summary.json` as one flat mapping; empty when the run did not come to its end."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
     flat: dict[str, Any] = {}
-    for key, value in summary.items() if isinstance(summary, dict) else ():
+    for key, value in read_summary(folder).items():
         flat |= value if isinstance(value, dict) else {key: value}
     return flat
 

@@ -21,15 +21,15 @@ def model_config(cfg: dict[str, Any]) -> GPTConfig:
     return GPTConfig.from_dict({k: v for k, v in cfg["model"].items() if not k.startswith("_")})
 
 
-def objective_nodes(cfg: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The features of a configuration that are objectives, in the order in which they were given."""
+def feature_nodes(cfg: dict[str, Any], kind: type) -> dict[str, dict[str, Any]]:
+    """The features of a configuration that are of a kind (objectives, callbacks), in the order they were given in."""
     return {
         name: node
         for name, node in cfg.items()
         if isinstance(node, dict)
         and str(node.get("_target_", "")).startswith("nanochat.objectives.")
         and name != "loss"
-        and issubclass(get_class(node["_target_"]), Objective)
+        and issubclass(get_class(node["_target_"]), kind)
     }
 
 
@@ -51,7 +51,7 @@ class NanoChatModule(lightning.LightningModule):
         self.gpt = GPT(config, seed=seed)
         loss = {k: v for k, v in (cfg.get("loss") or {}).items() if not k.startswith("_")}
         self.objectives = nn.ModuleDict({"next_token": NextToken(config, seed=seed, **loss)})
-        for name, node in objective_nodes(cfg).items():
+        for name, node in feature_nodes(cfg, Objective).items():
             # in two calls, since Hydra's own first parameter is named config, too
             self.objectives[name] = instantiate(node, _partial_=True)(config=config, seed=seed)
         self.schedule = instantiate(cfg["schedule"])
