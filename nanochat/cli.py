@@ -7,12 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from nanochat.environment import prepare_environment
-from nanochat.errors import UserError
-from nanochat.messages import did_you_mean, print_error
+from nanochat.errors import UserError, did_you_mean, print_error
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("nanochat.launch:main", "train a model, or go on with a run: --resume RUN"),
-    "compare": ("nanochat.compare:main", "does a technique pay here? matched runs, paired seeds, one table"),
+    "compare": ("nanochat.studies.cli:main", "does a technique pay here? matched runs, paired seeds, one table"),
     "generate": ("nanochat.inference.cli:main", "text from a trained model"),
     "export": ("nanochat.export.cli:export_main", "write a trained model for other programs, such as llama.cpp"),
     "verify": ("nanochat.export.cli:verify_main", "compare an exported file with its run"),

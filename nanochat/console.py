@@ -11,8 +11,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.errors import UserError
-from nanochat.messages import did_you_mean
+from nanochat.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 
-from nanochat.config import compose
+from nanochat.config.compose import compose
 from nanochat.console import Parser, duration, show
 from nanochat.data.random_tokens import RandomTokens
 from nanochat.device import find_device
-from nanochat.lightning.callbacks.base import StepCallback
-from nanochat.lightning.module import NanoChatModule, model_config
 from nanochat.run import build_trainer, quieten, settle
+from nanochat.training.callbacks.base import StepCallback
+from nanochat.training.module import NanoChatModule, model_config
 
 PACKAGES = ("nanochat", "torch", "lightning", "hydra-core", "tokenizers", "numpy")
 EXTRAS = {

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 
 @contextlib.contextmanager
@@ -30,15 +29,6 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(folder)  # the new name, too, survives a power cut
     finally:
         os.close(folder)
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """A run's summary.json; `{}` when there is none, or none that can be read."""
-    try:
-        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def quoted(path: Path) -> str:

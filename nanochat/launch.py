@@ -24,12 +24,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nanochat import sweep
-from nanochat.config import CONF, check, hydra_settings
-from nanochat.errors import UserError
+from nanochat.config.check import check
+from nanochat.config.compose import hydra_settings
+from nanochat.config.hydra_errors import explain, refuse
+from nanochat.config.schema import CONF
+from nanochat.errors import UserError, print_error
 from nanochat.files import quoted
-from nanochat.hydra_errors import explain, refuse
-from nanochat.messages import print_error
+from nanochat.reports import sweep
 
 LEAVINGS = {
     ".hydra",

@@ -15,18 +15,19 @@ from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from nanochat.config import check, plain_values
+from nanochat.config.check import check
+from nanochat.config.compose import plain_values
 from nanochat.data import DataModule
 from nanochat.device import default_precision, find_device
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
-from nanochat.lightning.callbacks.base import PendingValidation
-from nanochat.lightning.callbacks.guard import NonFiniteError
-from nanochat.lightning.callbacks.progress import ProgressBar
-from nanochat.lightning.callbacks.time_limit import TimeLimit
-from nanochat.lightning.module import NanoChatModule, feature_nodes, model_config
-from nanochat.lightning.resume import anchor_paths, check_resume, find_checkpoint
-from nanochat.report import Report
+from nanochat.reports.card import Report
+from nanochat.training.callbacks.base import PendingValidation
+from nanochat.training.callbacks.guard import NonFiniteError
+from nanochat.training.callbacks.progress import ProgressBar
+from nanochat.training.callbacks.time_limit import TimeLimit
+from nanochat.training.module import NanoChatModule, feature_nodes, model_config
+from nanochat.training.resume import anchor_paths, check_resume, checkpoint_to_resume
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
     data.prepare_data()
     fit_vocabulary(plain, data)
     model_config(plain)  # an impossible network is refused before anything is written
-    checkpoint = find_checkpoint(folder, plain["ckpt_path"])
+    checkpoint = checkpoint_to_resume(folder, plain["ckpt_path"])
     if checkpoint is not None:
         check_resume(checkpoint, plain)
     write_run_files(folder, cfg, plain, data)
@@ -74,7 +75,7 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
                 break
             except NonFiniteError as error:
                 plain["rate_scale"] = error.next_rate_scale(plain.get("rate_scale", 1.0))
-                checkpoint = find_checkpoint(folder, "auto") or checkpoint
+                checkpoint = checkpoint_to_resume(folder, "auto") or checkpoint
                 log.warning("%s Going back to %s, with half the rates.", error, checkpoint or "the start")
                 data = build_data(plain)
                 data.prepare_data()

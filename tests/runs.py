@@ -12,7 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from nanochat.config import CONF
+from nanochat.config.schema import CONF
 
 TIMES = {"train/tokens_per_second", "train/data_wait"}
 """columns of metrics.csv that no two runs share"""

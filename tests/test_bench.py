@@ -9,14 +9,14 @@ import torch
 import nanochat.cli
 from nanochat.bench import cli, loss, measure, step
 from nanochat.errors import UserError
-from nanochat.lightning.callbacks.checkpoint import Checkpoint
-from nanochat.lightning.callbacks.guard import NonFiniteGuard
-from nanochat.lightning.callbacks.loss_plot import LossPlot
-from nanochat.lightning.callbacks.metrics import MetricsCSV
-from nanochat.lightning.callbacks.sampler import TextSampler
-from nanochat.lightning.callbacks.throughput import Throughput
 from nanochat.model import GPT
 from nanochat.run import build_trainer
+from nanochat.training.callbacks.checkpoint import Checkpoint
+from nanochat.training.callbacks.guard import NonFiniteGuard
+from nanochat.training.callbacks.loss_plot import LossPlot
+from nanochat.training.callbacks.metrics import MetricsCSV
+from nanochat.training.callbacks.sampler import TextSampler
+from nanochat.training.callbacks.throughput import Throughput
 
 
 def test_loss(capsys):

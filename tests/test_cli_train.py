@@ -19,9 +19,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from nanochat import cli, launch, sweep
-from nanochat.config import check
+from nanochat import cli, launch
+from nanochat.config.check import check
 from nanochat.errors import ConfigError, UserError
+from nanochat.reports import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import nanochat.cli
-from nanochat import compare, paired
 from nanochat.errors import UserError
-from nanochat.paired import STUDENT, Comparison, Result, difference, interval, merged, verdict
+from nanochat.studies import cli as compare
+from nanochat.studies import runner as paired
+from nanochat.studies.runner import STUDENT, Comparison, Result, difference, interval, merged, verdict
 from tests import runs
 
 

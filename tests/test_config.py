@@ -12,9 +12,11 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from nanochat import config_rules
-from nanochat.config import CONF, FEATURES, NODE_GROUPS, RECIPES, TARGET_GROUPS, check, compose
-from nanochat.config_targets import check_arguments, check_nodes, fits
+from nanochat.config import rules
+from nanochat.config.check import check
+from nanochat.config.compose import compose
+from nanochat.config.schema import CONF, FEATURES, NODE_GROUPS, RECIPES, TARGET_GROUPS
+from nanochat.config.signatures import check_arguments, check_nodes, fits
 from nanochat.errors import ConfigError
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
@@ -91,8 +93,8 @@ class Strict:
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_checks(group: str, option: str, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # for trainer=gpu
-    find_spec = config_rules.importlib.util.find_spec
-    monkeypatch.setattr(config_rules.importlib.util, "find_spec", lambda name: name == "wandb" or find_spec(name))
+    find_spec = rules.importlib.util.find_spec
+    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: name == "wandb" or find_spec(name))
     monkeypatch.setenv("WANDB_API_KEY", "0")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("some text\n" * 100)
@@ -372,7 +374,7 @@ def test_values_fit_annotations(value: Any, annotation: Any, good: bool) -> None
     assert fits(value, annotation) is good
 
 
-STOPPING = ["callbacks.stop._target_=nanochat.lightning.callbacks.early_stopping.EarlyStopping"]
+STOPPING = ["callbacks.stop._target_=nanochat.training.callbacks.early_stopping.EarlyStopping"]
 
 
 # ---- rules between the fields ---------------------------------------------------------------------------------------
@@ -486,13 +488,11 @@ def test_a_device_that_is_not_there(monkeypatch) -> None:
 
 
 def test_wandb_needs_its_package_and_an_account(monkeypatch, tmp_path: Path) -> None:
-    find_spec = config_rules.importlib.util.find_spec
-    monkeypatch.setattr(
-        config_rules.importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name)
-    )
+    find_spec = rules.importlib.util.find_spec
+    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
     [problem] = problems("logger=wandb")
     assert "nanochat[wandb]" in problem
-    monkeypatch.setattr(config_rules.importlib.util, "find_spec", lambda name: name == "wandb" or find_spec(name))
+    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: name == "wandb" or find_spec(name))
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

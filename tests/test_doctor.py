@@ -7,8 +7,8 @@ import torch
 
 import nanochat.cli
 from nanochat import doctor
-from nanochat.lightning.module import NanoChatModule
 from nanochat.model import GPT
+from nanochat.training.module import NanoChatModule
 
 SHORT = ["--json", "--seconds", "0.01"]
 

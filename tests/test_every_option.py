@@ -9,7 +9,7 @@ import torch
 import zstandard
 from hydra import compose, initialize_config_dir
 
-from nanochat.config import CONF
+from nanochat.config.schema import CONF
 from nanochat.data import gpt2
 from nanochat.errors import UserError
 from nanochat.run import train

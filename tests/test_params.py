@@ -8,7 +8,7 @@ import pytest
 import nanochat.cli
 from nanochat import params
 from nanochat.bench.measure import peak_extra_bytes
-from nanochat.config import compose
+from nanochat.config.compose import compose
 from nanochat.run import plan_vocabulary, settle, train
 from tests.runs import configure, read_metrics, words
 

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nanochat.bench import cli as bench
 from nanochat.cli import VERBS
-from nanochat.config import compose
+from nanochat.config.compose import compose
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ def test_command(command, tmp_path, monkeypatch):
             assert (Path(bench.__file__).parent / f"{words[0]}.py").exists()
             return
         if verb == "compare":
-            from nanochat.compare import parser
+            from nanochat.studies.cli import parser
 
             options = parser().parse_intermixed_args(words)
             words = [*options.overrides, *shlex.split(" ".join(options.arms or []))]

@@ -18,10 +18,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nanochat.config import CONF
-from nanochat.lightning.callbacks import checkpoint as checkpoints
-from nanochat.lightning.module import NanoChatModule
+from nanochat.config.schema import CONF
 from nanochat.run import train
+from nanochat.training.callbacks import checkpoint as checkpoints
+from nanochat.training.module import NanoChatModule
 from tests.runs import configure, read_metrics, read_state, same, words
 
 STEPS, ACCUMULATED = 7, 3

@@ -15,12 +15,12 @@ from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from nanochat import params
-from nanochat.config import compose
+from nanochat.config.compose import compose
 from nanochat.errors import UserError
-from nanochat.lightning.module import NanoChatModule
-from nanochat.lightning.resume import anchor_paths, check_resume
 from nanochat.objectives.linear_cross_entropy import _Chunk
 from nanochat.run import settle, train
+from nanochat.training.module import NanoChatModule
+from nanochat.training.resume import anchor_paths, check_resume
 from tests.runs import configure, read_state, write_text
 
 TOKENS = 2 * 32  # of a micro-batch

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nanochat.compare import study, study_parser
-from nanochat.paired import train
+from nanochat.studies.cli import study, study_parser
+from nanochat.studies.runner import train
 
 SPARSITIES = (0.2, 0.4, 0.5)
 

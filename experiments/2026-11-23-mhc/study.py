@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanochat.compare import study, study_parser
+from nanochat.studies.cli import study, study_parser
 
 ARMS = {
     "off": [],

@@ -7,12 +7,12 @@ import time
 import torch
 from omegaconf import OmegaConf
 
-from nanochat.compare import study, study_parser
+from nanochat.checkpoint import load_run
 from nanochat.inference import Sampling, generate_tokens, inference_copy
 from nanochat.inference.speculative import Speculator, heads_of
-from nanochat.model.checkpoint import load_run
-from nanochat.paired import Result
 from nanochat.run import build_data
+from nanochat.studies.cli import study, study_parser
+from nanochat.studies.runner import Result
 
 ARMS = {
     "off": [],

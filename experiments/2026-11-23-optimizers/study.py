@@ -8,8 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nanochat.compare import study_parser
-from nanochat.paired import Result, difference, train
+from nanochat.studies.cli import study_parser
+from nanochat.studies.runner import Result, difference, train
 
 BASE = [
     "model=d20", "model.vocab_size=4096", "model.seq_len=128", "data.batch_size=8",

@@ -6,8 +6,7 @@ import importlib
 import pkgutil
 
 import nanochat.bench
-from nanochat.errors import UserError
-from nanochat.messages import did_you_mean
+from nanochat.errors import UserError, did_you_mean
 
 NOT_BENCHES = {"cli", "measure"}
 

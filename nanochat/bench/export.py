@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nanochat.bench.measure import clock, network, report
+from nanochat.checkpoint import Run, load_run
 from nanochat.console import Parser, count, show
 from nanochat.data.tokenizer import Byte
 from nanochat.errors import UserError
@@ -17,7 +18,6 @@ from nanochat.export.llama_cpp import RELEASE, LlamaModel, fetch
 from nanochat.export.packing import TYPES
 from nanochat.inference.engine import Decoder, inference_copy
 from nanochat.model import GPT
-from nanochat.model.checkpoint import Run, load_run
 
 PROMPT = 64  # tokens
 

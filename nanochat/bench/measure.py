@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from nanochat.config import CONF, compose
+from nanochat.config.compose import compose
+from nanochat.config.schema import CONF
 from nanochat.device import autocast, default_precision, find_device
-from nanochat.lightning.module import model_config
 from nanochat.model import GPTConfig
+from nanochat.training.module import model_config
 
 Arm = TypeVar("Arm", bound=Hashable)
 Result = TypeVar("Result")

@@ -31,7 +31,7 @@ from nanochat.bench.measure import (
     rounds,
     seconds,
 )
-from nanochat.config import compose
+from nanochat.config.compose import compose
 from nanochat.console import Parser, show, some_of
 from nanochat.device import find_device
 from nanochat.model import GPT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from nanochat.config import compose
+from nanochat.config.compose import compose
 from nanochat.data import DataModule
 
 

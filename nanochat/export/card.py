@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nanochat.files import read_summary
-from nanochat.model.checkpoint import Run
+from nanochat.checkpoint import Run
+from nanochat.run_folder import read_summary
 
 
 def _summary(folder: Path) -> dict[str, Any]:

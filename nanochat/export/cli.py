@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from nanochat.checkpoint import load_run
 from nanochat.errors import UserError
 from nanochat.export.gguf import Report, check_target, export_gguf
 from nanochat.export.gguf_tensors import OWN
@@ -14,7 +15,6 @@ from nanochat.export.hyper_connections import records_of, write_mhc
 from nanochat.export.packing import EMBEDDING_TYPES, TYPES
 from nanochat.export.read_back import import_export
 from nanochat.export.verify import verify
-from nanochat.model.checkpoint import load_run
 
 _PROGRAMS = {
     "gguf": "runs in stock llama.cpp and what is built on it (Ollama, LM Studio, ...)",

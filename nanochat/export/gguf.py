@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 import nanochat
+from nanochat.checkpoint import Run
 from nanochat.errors import UserError
 from nanochat.export.card import model_card
 from nanochat.export.gguf_reader import GGUFFile
@@ -39,7 +40,6 @@ from nanochat.export.packing import (
     packed_shape,
 )
 from nanochat.export.vocabulary import Vocabulary, read_vocabulary
-from nanochat.model.checkpoint import Run
 from nanochat.model.config import GPTConfig
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "tq1_0": 36, "tq2_0": 37}  # general.file_type, llama_ftype
@@ -234,7 +234,7 @@ def export_gguf(
     """Write a run as a GGUF file for stock llama.cpp, or as one that only nanochat runs.
 
     Args:
-        run: from `nanochat.model.checkpoint.load_run`.
+        run: from `nanochat.checkpoint.load_run`.
         path: the file to write.
         kind: type of the blocks' matrices: tq2_0, tq1_0, q4_0, f16 or f32.
         embedding_type: type of the embedding and the output matrix: q8_0 (default beside the ternary types),

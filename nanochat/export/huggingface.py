@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat.checkpoint import Run
 from nanochat.errors import UserError
 from nanochat.export.gguf import Report, architecture
 from nanochat.export.gguf_tensors import shipped
-from nanochat.model.checkpoint import Run
 from nanochat.model.config import GPTConfig
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -109,7 +109,7 @@ def export_huggingface(run: Run, path: str | Path, dtype: str = "f32", *, force:
     """Write a run as a folder for `transformers`.
 
     Args:
-        run: from `nanochat.model.checkpoint.load_run`.
+        run: from `nanochat.checkpoint.load_run`.
         path: the folder to make.
         dtype: f32, or f16 (exact for ternary matrices, rounded for embedding and norms).
         force: replace a folder of an earlier export.

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanochat.checkpoint import CHECKPOINT_FORMAT, GPT_PREFIX, OBJECTIVES_PREFIX, build_gpt
 from nanochat.errors import UserError
 from nanochat.export.gguf import FILE_TYPES
 from nanochat.export.gguf_reader import GGUFFile
 from nanochat.export.gguf_tensors import read_network
 from nanochat.export.huggingface import read_config, read_huggingface
 from nanochat.model.bitlinear import BitLinear, dequantise, ternarise
-from nanochat.model.checkpoint import CHECKPOINT_FORMAT, GPT_PREFIX, OBJECTIVES_PREFIX, build_gpt
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.checkpoint import Run
 from nanochat.errors import UserError
 from nanochat.export import llama_cpp
 from nanochat.export.gguf import check_keys
@@ -23,7 +24,6 @@ from nanochat.export.packing import FLOAT_TYPES
 from nanochat.export.read_back import Exported, network, read_export
 from nanochat.inference.engine import Decoder, inference_copy
 from nanochat.inference.sampling import Sampling, sample
-from nanochat.model.checkpoint import Run
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 

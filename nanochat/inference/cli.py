@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from nanochat.checkpoint import load_run
 from nanochat.device import find_device
 from nanochat.errors import UserError
 from nanochat.inference.engine import encode_prompt, generate_tokens, inference_copy
 from nanochat.inference.sampling import Sampling
 from nanochat.inference.speculative import Speculator, heads_of
-from nanochat.model.checkpoint import load_run
 
 
 class TextStream:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nanochat.checkpoint import build_gpt
 from nanochat.errors import UserError
 from nanochat.inference.sampling import Sampling, sample
 from nanochat.model.bitlinear import BitLinear
-from nanochat.model.checkpoint import build_gpt
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from nanochat.checkpoint import Run
 from nanochat.errors import UserError
 from nanochat.inference.engine import Cache, Decoder
 from nanochat.inference.sampling import Sampling, draw, probabilities
 from nanochat.model.bitlinear import BitLinear
-from nanochat.model.checkpoint import Run
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.objectives.mtp import SequentialHead

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.model.bitlinear import BitLinear, int8_activation
+from nanochat.model.compact_backward import KeptRows, row_function
 from nanochat.model.config import GPTConfig
 from nanochat.model.norm import RMSNorm
 from nanochat.model.rotary import apply_rope
-from nanochat.model.rows import KeptRows, row_function
 
 QUERY_BLOCK = 128  # kept queries at a time: their scores stay in the cache, and keys after the last of them are skipped
 

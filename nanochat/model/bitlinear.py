@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.model.rows import row_function
+from nanochat.model.compact_backward import row_function
 
 F16_MAX = 65504.0
 F16_TINY = 2.0**-24  # the smallest positive float16

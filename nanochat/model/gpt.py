@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from nanochat.errors import UserError
 from nanochat.model.attention import Attention, KeyValueCache
+from nanochat.model.compact_backward import KeptRows, compact
 from nanochat.model.config import GPTConfig
 from nanochat.model.feedforward import FeedForward
 from nanochat.model.hyper_connections import HyperConnection, expand, reduce
 from nanochat.model.norm import RMSNorm
 from nanochat.model.rotary import rope_table
-from nanochat.model.rows import KeptRows, compact
 
 
 class Block(nn.Module):

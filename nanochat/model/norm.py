@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.model.rows import row_function
+from nanochat.model.compact_backward import row_function
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanochat.model.rows import row_function
+from nanochat.model.compact_backward import row_function
 
 
 def rope_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,11 @@ from nanochat.errors import ConfigError
 from nanochat.model import GPTConfig
 from nanochat.model.attention import KeyValueCache
 from nanochat.model.bitlinear import BitLinear, int8_activation
+from nanochat.model.compact_backward import KeptRows
 from nanochat.model.gpt import Block, reset_blocks
 from nanochat.model.norm import RMSNorm
-from nanochat.model.rows import KeptRows
-from nanochat.objectives.draw import draw, generator
 from nanochat.objectives.linear_cross_entropy import IGNORED, linear_cross_entropy
+from nanochat.objectives.sampling import draw, generator
 from nanochat.objectives.step import Objective, Step
 
 KINDS = ("sequential", "weights-only", "parallel")

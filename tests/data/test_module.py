@@ -11,7 +11,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from nanochat.config import compose
+from nanochat.config.compose import compose
 from nanochat.data import DataModule
 from nanochat.data.cli import main
 from nanochat.data.dataset import IGNORED

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat.checkpoint import Run, load_run
 from nanochat.data.tokenizer import BPE, Tokenizer
 from nanochat.export import llama_cpp
 from nanochat.model import GPT, GPTConfig
-from nanochat.model.checkpoint import Run, load_run
 from tests.inference.helpers import write_run
 
 BASE = GPTConfig(vocab_size=512, dim=256, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=384, seq_len=256)

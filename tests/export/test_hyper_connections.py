@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nanochat.checkpoint import load_run
 from nanochat.errors import UserError
 from nanochat.export import cli
 from nanochat.export.hyper_connections import Record, read_mhc, records_of, write_mhc
@@ -19,7 +20,6 @@ from nanochat.export.read_back import import_export, network, read_export
 from nanochat.export.verify import verify
 from nanochat.inference.engine import inference_copy
 from nanochat.model import GPT
-from nanochat.model.checkpoint import load_run
 from nanochat.model.hyper_connections import HyperConnection
 from tests.export.conftest import BASE
 from tests.export.test_read_back import TOKENS, export, with_gpt

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat.checkpoint import load_run
 from nanochat.export.gguf import export_gguf
 from nanochat.export.llama_cpp import F32, NO_FLASH_ATTENTION, LlamaModel
 from nanochat.export.read_back import import_export, read_export
@@ -18,7 +19,6 @@ from nanochat.export.verify import verify
 from nanochat.inference.engine import inference_copy
 from nanochat.model import GPT
 from nanochat.model.bitlinear import BitLinear
-from nanochat.model.checkpoint import load_run
 from nanochat.objectives.mtp import MultiTokenPrediction
 from nanochat.objectives.step import Step
 from tests.export.conftest import BASE, VARIANTS

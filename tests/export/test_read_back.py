@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanochat.checkpoint import load_run
 from nanochat.errors import UserError
 from nanochat.export import cli, llama_cpp
 from nanochat.export.gguf import export_gguf
@@ -20,7 +21,6 @@ from nanochat.export.verify import verify
 from nanochat.inference.engine import inference_copy
 from nanochat.model import GPT
 from nanochat.model.bitlinear import BitLinear, dequantise, ternarise
-from nanochat.model.checkpoint import load_run
 from tests.export.conftest import BASE, VARIANTS
 from tests.inference.helpers import random_gpt
 

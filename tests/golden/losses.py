@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochat.config import compose
-from nanochat.lightning.module import NanoChatModule
+from nanochat.config.compose import compose
 from nanochat.objectives import linear_cross_entropy
 from nanochat.run import settle
+from nanochat.training.module import NanoChatModule
 
 FILE = Path(__file__).with_name("losses.json")
 OPTIMIZERS = sorted(path.stem for path in Path(__file__).parents[2].glob("conf/optim/*.yaml"))

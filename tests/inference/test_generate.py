@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat.checkpoint import Run
 from nanochat.errors import UserError
 from nanochat.inference import cli
-from nanochat.model.checkpoint import Run
 from tests.inference.helpers import ByteTokenizer, random_gpt, write_run
 
 DECODE = ByteTokenizer().decode

@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 import torch
 
+from nanochat.checkpoint import load_run
 from nanochat.errors import UserError
 from nanochat.inference import cli
 from nanochat.inference.engine import generate_tokens, inference_copy
 from nanochat.inference.sampling import Sampling, draw, probabilities
 from nanochat.inference.speculative import Speculator, accept, build_heads, heads_of
-from nanochat.model.checkpoint import load_run
 from nanochat.objectives.mtp import MultiTokenPrediction
 from tests.inference.helpers import SMALL, random_gpt, write_run
 

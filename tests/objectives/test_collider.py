@@ -9,14 +9,15 @@ import torch.nn.functional as F
 
 from nanochat.errors import ConfigError
 from nanochat.model import GPT, GPTConfig
-from nanochat.model.rows import KeptRows
+from nanochat.model.compact_backward import KeptRows
 from nanochat.objectives import IGNORED, NextToken, Step
-from nanochat.objectives.collider import Collider, TopTokens, kept_count
-from nanochat.objectives.draw import draw, generator
 from nanochat.objectives.mtp import MultiTokenPrediction
 from nanochat.objectives.next_token import kept_metrics
-from nanochat.objectives.score_cache import ScoreCache
-from tests.model.test_compact import BASE, cut, data, network, oracle_hidden
+from nanochat.objectives.sampling import draw, generator
+from nanochat.objectives.token_filter import TopTokens, kept_count
+from nanochat.training.callbacks.collider import Collider
+from nanochat.training.score_cache import ScoreCache
+from tests.model.test_compact_backward import BASE, cut, data, network, oracle_hidden
 
 
 def scores(batch=3, length=10, seed=0):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from nanochat.checkpoint import load_run
 from nanochat.errors import UserError
-from nanochat.lightning.module import NanoChatModule
-from nanochat.model.checkpoint import load_run
 from nanochat.objectives import linear_cross_entropy
 from nanochat.run import train
+from nanochat.training.module import NanoChatModule
 from tests.runs import configure, read_metrics, read_state, same
 
 RUN = [
@@ -141,7 +141,7 @@ def test_excess_loss_reads_the_reference_once(run, place, monkeypatch):
         calls.append(1)
         return linear_cross_entropy(*args, **kwargs)
 
-    monkeypatch.setattr("nanochat.objectives.collider.linear_cross_entropy", counted)
+    monkeypatch.setattr("nanochat.training.callbacks.collider.linear_cross_entropy", counted)
     train(configure(place, [*RUN, *settings]), place / "cached")
     assert not calls
     assert read_metrics(first) == read_metrics(place / "cached")

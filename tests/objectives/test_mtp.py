@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from nanochat.errors import ConfigError
 from nanochat.model import GPT, GPTConfig
 from nanochat.objectives import IGNORED, NextToken, Step
-from nanochat.objectives.draw import draw, generator
 from nanochat.objectives.mtp import KINDS, MultiTokenPrediction, future_targets
+from nanochat.objectives.sampling import draw, generator
 
 EOT = 0
 CONFIG = GPTConfig(

@@ -1,0 +1,179 @@
+"""The end of a run: its report card on the screen, and summary.json."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning import Trainer
+from rich.console import Console
+from rich.table import Table
+
+from nanochat.errors import UserError
+from nanochat.files import atomic_write, shown
+from nanochat.reports.curves import curve
+from nanochat.run_folder import read_metrics
+from nanochat.training.callbacks.progress import duration
+
+log = logging.getLogger(__name__)
+
+
+class Report:
+    """Tells how a run went.
+
+    Args:
+        folder: the run's folder.
+        plain_cfg: its resolved configuration.
+        data: its data module: `describe()` and `compression` (compressor -> bits per byte of the validation text).
+
+    Build it when the run starts: it takes the time. summary.json is one flat mapping: `status` (finished, stopped,
+    failed), `step`, the last metrics by their names in metrics.csv, `parameters`, `tokens`, `seconds`, `data`,
+    `overrides`, `command`, `commit`.
+    """
+
+    def __init__(self, folder: Path, plain_cfg: dict[str, Any], data: Any) -> None:
+        self.folder, self.cfg, self.data = Path(folder), plain_cfg, data
+        self.start = time.monotonic()
+        self.parameters: int | None = None
+
+    def finish(self, trainer: Trainer, module: torch.nn.Module) -> dict[str, float]:
+        """Write summary.json, show the card, and return the final metrics."""
+        self.parameters = sum(p.numel() for p in module.parameters())
+        metrics = self._metrics(trainer)
+        self._summary("finished", trainer, metrics)
+        self._card(trainer, metrics)
+        return metrics
+
+    def abort(self, trainer: Trainer | None, error: BaseException) -> None:
+        """Write the summary.json of a run that did not come to its end."""
+        if trainer is None or not self.folder.is_dir():
+            return
+        stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code in (130, 143))
+        metrics = self._metrics(trainer)
+        try:
+            self._summary("stopped" if stopped else "failed", trainer, metrics, error=None if stopped else error)
+        except (OSError, UserError) as second:  # the first error is the one to report
+            log.warning("summary.json was not written: %s", second)
+
+    def _metrics(self, trainer: Trainer) -> dict[str, float]:
+        """The last finite-or-not value of each column of metrics.csv, and what the trainer holds."""
+        rows = read_metrics(self.folder / "metrics.csv")
+        metrics: dict[str, float] = {}
+        for row in rows:
+            metrics.update({k: float(v) for k, v in row.items() if k != "step" and v != ""})
+        speeds = [speed for _, speed in curve(rows, "train/tokens_per_second")][-200:]
+        if speeds:  # one step's is noise
+            metrics["train/tokens_per_second"] = len(speeds) / sum(1.0 / max(s, 1e-9) for s in speeds)
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith("val/"):
+                metrics[name] = float(value)
+        if trainer.optimizers and hasattr(trainer.optimizers[0], "state_bytes"):
+            metrics["optim/bytes"] = trainer.optimizers[0].state_bytes()  # type: ignore[attr-defined]
+            metrics["skipped_steps"] = trainer.optimizers[0].skipped_steps  # type: ignore[attr-defined]
+        return metrics
+
+    def _tokens(self, trainer: Trainer) -> int:
+        data, cfg = self.cfg["data"], self.cfg["trainer"]
+        per_micro_batch = int(data["batch_size"]) * int(data["seq_len"])
+        return trainer.global_step * int(cfg.get("accumulate_grad_batches", 1)) * per_micro_batch
+
+    def _summary(
+        self, status: str, trainer: Trainer, metrics: dict[str, float], error: BaseException | None = None
+    ) -> None:
+        numbers = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
+        content: dict[str, Any] = {
+            "status": status,
+            "step": trainer.global_step,
+            **numbers,
+            "parameters": self.parameters
+            or (sum(p.numel() for p in trainer.model.parameters()) if trainer.model is not None else None),
+            "tokens": self._tokens(trainer),
+            "seconds": round(time.monotonic() - self.start, 3),
+            "data": self.data.describe(),
+            "compression": dict(self.data.compression) if status == "finished" else {},
+            "task_name": self.cfg.get("task_name"),
+            "overrides": overrides(),
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "commit": commit(),
+            "torch": str(torch.__version__),
+        }
+        if not content["compression"]:
+            del content["compression"]
+        if error is not None:
+            content["error"] = f"{type(error).__name__}: {error}"
+        try:
+            with atomic_write(self.folder / "summary.json") as file:
+                file.write((json.dumps(content, indent=1) + "\n").encode())
+        except OSError as failure:
+            raise UserError(
+                f"{self.folder / 'summary.json'} cannot be written: {failure.strerror or failure}."
+            ) from failure
+
+    def _card(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        place = shown(self.folder)
+        model, optim = self.cfg["model"], self.cfg["optim"]
+        table = Table(show_header=False, box=None, pad_edge=False)
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        kind = "ternary" if model.get("ternary") else "float"
+        table.add_row("model", f"{self.cfg.get('task_name', '')}: {kind}, {self.parameters:,} parameters, "
+                               f"width {model['dim']}, {model['n_layers']} layers")  # fmt: skip
+        table.add_row("data", self.data.describe())
+        rules = (
+            dict.fromkeys(group["rule"] for group in trainer.optimizers[0].param_groups) if trainer.optimizers else {}
+        )
+        size = f", {metrics['optim/bytes'] / 1e6:,.1f} MB of state" if "optim/bytes" in metrics else ""
+        table.add_row("optimizer", f"{' + '.join(rules)}, lr {optim['lr']:g}{size}")
+        table.add_row(
+            "trained",
+            f"{trainer.global_step:,} steps, {self._tokens(trainer):,} tokens; this session took "
+            f"{duration(time.monotonic() - self.start)}",
+        )
+        if "train/tokens_per_second" in metrics:
+            wait = metrics.get("train/data_wait", 0.0)
+            table.add_row("speed", f"{metrics['train/tokens_per_second']:,.0f} tokens/s, {wait:.1%} waiting for data")
+        if metrics.get("skipped_steps"):
+            table.add_row("skipped", f"{metrics['skipped_steps']:,.0f} steps without a finite gradient")
+        if "val/loss" in metrics:
+            table.add_row("val/loss", f"{metrics['val/loss']:.4f} nats per token")
+        if "val/bpb" in metrics:
+            beside = "".join(f", {name} {value:.3f}" for name, value in self.data.compression.items())
+            table.add_row("val/bpb", f"{metrics['val/bpb']:.4f} bits per byte of text{beside}")
+        table.add_row("folder", place)
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if last.exists():
+            prompt = "def " if self.cfg["data"].get("corpus") in ("stdlib", "code") else "The "
+            table.add_row("next", f"nanochat generate {place} --prompt '{prompt}'")
+            table.add_row("", f"nanochat train --resume {place} trainer.max_steps={2 * trainer.global_step}")
+            table.add_row("", f"nanochat export {place}")
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 120
+        console.print()
+        console.print(table)
+
+
+def overrides() -> list[str]:
+    """The command line's overrides; empty when Hydra did not start the run."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def commit() -> str | None:
+    """The commit of the code that ran, with `-dirty` after local changes; None outside of a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,65 @@
+"""Curves of metrics.csv, and loss.png."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+from nanochat.files import atomic_write
+from nanochat.run_folder import read_metrics
+
+log = logging.getLogger(__name__)
+
+POINTS = 2000  # of a curve; longer ones are averaged down
+
+
+def plot_loss(folder: Path) -> None:
+    """Draw loss.png of a run folder; nothing without metrics.csv."""
+    rows = read_metrics(folder / "metrics.csv")
+    train, val = curve(rows, "train/loss"), curve(rows, "val/loss")
+    if not train and not val:
+        return
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if train:
+        axes.plot(*zip(*thin(train), strict=True), color="#9aa7b5", linewidth=0.8, label="train/loss")
+        axes.plot(*zip(*smooth(thin(train)), strict=True), color="#1f4e79", linewidth=1.6, label="train/loss, smoothed")
+    if val:
+        axes.plot(*zip(*val, strict=True), color="#d1495b", marker="o", markersize=4, label="val/loss")
+    bpb = curve(rows, "val/bpb")
+    title = "" if not bpb else f": {bpb[-1][1]:.4f} bits per byte at step {bpb[-1][0]}"
+    axes.set(xlabel="optimizer steps", ylabel="nats per token", title=f"{folder.name}{title}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        with atomic_write(folder / "loss.png") as file:
+            figure.savefig(file, format="png", dpi=110)
+    except OSError as error:
+        log.warning("loss.png was not written: %s.", error.strerror)
+
+
+def curve(rows: list[dict[str, str]], name: str) -> list[tuple[int, float]]:
+    """(step, value) of the rows where a column has a finite number."""
+    points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+    return [(step, value) for step, value in points if math.isfinite(value)]
+
+
+def thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most `POINTS` points: means of equally many neighbours."""
+    size = -(-len(points) // POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+
+
+def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """An exponential mean over about a twentieth of the curve, free of the start's bias."""
+    keep = 1.0 - 1.0 / max(1.0, len(points) / 20)
+    total = weight = 0.0
+    result = []
+    for step, value in points:
+        total, weight = keep * total + value, keep * weight + 1.0
+        result.append((step, total / weight))
+    return result

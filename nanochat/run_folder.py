@@ -1,0 +1,81 @@
+"""What lies in a run's folder: its checkpoints, its summary, its metrics, and the link to the latest run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nanochat.errors import UserError
+
+
+def find_checkpoint(path: str | Path, which: str | int = "last") -> tuple[Path, Path]:
+    """The run folder and the checkpoint file that `path` means.
+
+    Args:
+        path: a run folder, a link to one (`outputs/latest`), or a `.ckpt` file in a run's `checkpoints`
+            folder.
+        which: "last", or the optimizer step of a kept checkpoint ("200", 200 or "step=200").
+
+    Raises:
+        UserError: nothing there, not a run folder, or no such checkpoint (the message lists those that
+        exist).
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix != ".ckpt":
+            raise UserError(f"{path} is not a run: give a run folder (such as outputs/latest) or a .ckpt file.")
+        folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        return folder, path
+    if not path.is_dir():
+        dangling = " (a link to a folder that is gone)" if path.is_symlink() else ""
+        raise UserError(f"there is no run at {path}{dangling}; train one, or name another run folder.")
+    folder = path.parent if path.name == "checkpoints" else path
+    step = str(which).removeprefix("step=").removesuffix(".ckpt")
+    checkpoint = folder / "checkpoints" / ("last.ckpt" if step == "last" else f"step={step}.ckpt")
+    if checkpoint.is_file():
+        return folder, checkpoint
+    kept = sorted(found.stem for found in (folder / "checkpoints").glob("*.ckpt"))
+    if kept:
+        raise UserError(f"{folder} has no checkpoint {checkpoint.stem!r}; it has {', '.join(kept)}.")
+    if not (folder / "model.json").is_file() and not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder: it has neither model.json nor checkpoints.")
+    raise UserError(f"{folder} has no checkpoint yet: the run was stopped before its first save.")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """A run's summary.json; `{}` when there is none, or none that can be read."""
+    try:
+        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a metrics.csv, as text; a last line that was cut off is left out."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [
+        row
+        for row in csv.DictReader(lines)
+        if row.get("step", "").isdigit() and None not in row and None not in row.values()
+    ]
+
+
+def point_latest(folder: Path) -> None:
+    """Make `outputs/latest` a relative link to a run folder below a folder called outputs; elsewhere nothing."""
+    folder = folder.absolute()
+    outputs = next((parent for parent in folder.parents if parent.name == "outputs"), None)
+    link = None if outputs is None else outputs / "latest"
+    if link is None or (link.exists() and not link.is_symlink()):
+        return
+    aside = link.with_name(f".latest.{os.getpid()}.tmp")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(os.path.relpath(folder, link.parent), target_is_directory=True)
+    os.replace(aside, link)

@@ -1,0 +1,90 @@
+"""What a run shows of itself while it trains."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nanochat.training.callbacks.base import StepCallback
+
+log = logging.getLogger(__name__)
+
+
+class ProgressBar(StepCallback):
+    """A bar on a terminal; elsewhere a line every few seconds. Place it after the throughput.
+
+    Args:
+        every_n_seconds: between two lines in a log.
+    """
+
+    def __init__(self, every_n_seconds: float = 10.0) -> None:
+        self.every_n_seconds = every_n_seconds
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._told = self._start = 0.0
+        self._first = 0
+        self._validation = ""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._told = self._start = time.monotonic()
+        self._first = trainer.global_step
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            total = trainer.max_steps if trainer.max_steps > 0 else None
+            self._task = self._bar.add_task("training", total=total, completed=self._first, numbers="")
+            self._bar.start()
+
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        numbers = self._numbers(pl_module.step_metrics)  # type: ignore[arg-type]
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        elif time.monotonic() - self._told >= self.every_n_seconds or step == trainer.max_steps:
+            self._told = time.monotonic()
+            log.info("step %d/%d  %s  %s left", step, trainer.max_steps, numbers, self._left(trainer, step))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        self._validation = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+        if self._validation and not trainer.sanity_checking:
+            log.info("step %d  %s", trainer.global_step, self._validation)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    def _numbers(self, metrics: dict[str, float]) -> str:
+        parts = [f"loss {metrics.get('train/loss', float('nan')):.4f}"]
+        if "train/tokens_per_second" in metrics:
+            parts.append(f"{metrics['train/tokens_per_second']:,.0f} tokens/s")
+        if "train/mfu" in metrics:
+            parts.append(f"MFU {metrics['train/mfu']:.1%}")
+        return "  ".join(parts)
+
+    def _left(self, trainer: Trainer, step: int) -> str:
+        per_step = (time.monotonic() - self._start) / max(1, step - self._first)
+        return duration(per_step * max(0, trainer.max_steps - step))
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1:02:05"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

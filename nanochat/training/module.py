@@ -1,0 +1,191 @@
+"""The LightningModule: a GPT, its objectives, one optimizer, and what an exact resume needs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning
+import torch
+from hydra.utils import get_object, instantiate
+from torch import Tensor, nn
+
+from nanochat.checkpoint import CHECKPOINT_FORMAT
+from nanochat.config.schema import TARGET_GROUPS
+from nanochat.model import GPT, GPTConfig
+from nanochat.objectives import IGNORED, NextToken, Objective, Step, linear_cross_entropy
+from nanochat.training.rng import get_rng_state, set_rng_state
+
+
+def model_config(cfg: dict[str, Any]) -> GPTConfig:
+    """The network's configuration out of a resolved run configuration."""
+    return GPTConfig.from_dict({k: v for k, v in cfg["model"].items() if not k.startswith("_")})
+
+
+def feature_nodes(cfg: dict[str, Any], kind: type) -> dict[str, dict[str, Any]]:
+    """The features of a configuration that are of a kind (objectives, callbacks), in the order they were given in."""
+    return {
+        name: node
+        for name, node in cfg.items()
+        if name not in TARGET_GROUPS and isinstance(node, dict) and "_target_" in node and _is(kind, node["_target_"])
+    }
+
+
+def _is(kind: type, target: str) -> bool:
+    found = get_object(target)
+    return isinstance(found, type) and issubclass(found, kind)
+
+
+class NanoChatModule(lightning.LightningModule):
+    """Trains a GPT on the sum of its objectives.
+
+    Args:
+        cfg: the resolved configuration as a plain dict (so that a checkpoint loads with `weights_only=True`).
+
+    The two seams: `objectives` holds the terms of the loss, next-token first, and a callback may set
+    `objectives["next_token"].selector`. After each optimizer step `step_metrics` holds its numbers for the callbacks.
+    """
+
+    def __init__(self, cfg: dict[str, Any]) -> None:
+        super().__init__()
+        self.save_hyperparameters({"cfg": cfg})
+        self.cfg = cfg
+        config, seed = model_config(cfg), int(cfg.get("seed", 0))
+        self.gpt = GPT(config, seed=seed)
+        loss = {k: v for k, v in (cfg.get("loss") or {}).items() if not k.startswith("_")}
+        self.objectives = nn.ModuleDict({"next_token": NextToken(config, seed=seed, **loss)})
+        for name, node in feature_nodes(cfg, Objective).items():
+            # in two calls, since Hydra's own first parameter is named config, too
+            self.objectives[name] = instantiate(node, _partial_=True)(config=config, seed=seed)
+        self.schedule = instantiate(cfg["schedule"])
+        self.max_steps = int(cfg["trainer"]["max_steps"])
+        self.rate_scale = float(cfg.get("rate_scale", 1.0))
+        self.step_metrics: dict[str, float] = {}
+        self.validated_at: int | None = None
+        """optimizer steps done at the last validation"""
+        self._sums: dict[str, Tensor] = {}
+        self._micro_batches = 0
+        self._gradient_norm: Tensor | None = None
+        self._validation = torch.zeros(3, dtype=torch.float64)
+        self._rng_state: dict[str, Any] | None = None
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The loss of one micro-batch {tokens, targets: (B, T) int64}."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        step = Step.of(
+            self.gpt,
+            batch["tokens"],
+            batch["targets"],
+            step=self.global_step,
+            max_steps=self.max_steps,
+            micro_step=data.consumed,
+            eot_id=data.eot_id,
+        )
+        loss = torch.stack([objective(step) for objective in self.objectives.values()]).sum()
+        for name, value in step.metrics.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._micro_batches += 1
+        # here and not at the end of the batch: a checkpoint is written before the module's own end-of-batch hook
+        data.consumed += 1
+        return loss
+
+    def gradient_norm(self) -> Tensor:
+        """The global L2 norm of the gradients of this optimizer step, taken once."""
+        if self._gradient_norm is None:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+        return self._gradient_norm
+
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by the norm that the non-finite guard has already taken."""
+        if gradient_clip_val:
+            parameters = [p for p in self.parameters() if p.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm())
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        """One optimizer step, with every rate set as a function of (step, max_steps) alone."""
+        done = self.global_step
+
+        def schedule(step: int, max_steps: int) -> float:
+            return self.rate_scale * self.schedule(step, max_steps)
+
+        optimizer.set_progress(done, self.max_steps, schedule)  # type: ignore[attr-defined]
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.step_metrics = {name: (total / self._micro_batches).item() for name, total in self._sums.items()}
+        if self._gradient_norm is not None:
+            self.step_metrics["train/grad_norm"] = self._gradient_norm.item()
+        self.step_metrics["train/lr"] = schedule(done, self.max_steps) * float(self.cfg["optim"]["lr"])
+        self._sums, self._micro_batches, self._gradient_norm = {}, 0, None
+
+    def configure_optimizers(self):
+        """The one optimizer over all named parameters (frozen ones left out)."""
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        return instantiate(self.cfg["optim"])(named_parameters=named)
+
+    def configure_model(self) -> None:
+        """Compile block by block, which keeps the state dict's keys and pays on CUDA."""
+        if self.cfg.get("compile") is True:
+            for block in self.gpt.blocks:
+                block.compile()
+
+    # ---- validation ---------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = torch.zeros(3, dtype=torch.float64)
+        table = self.trainer.datamodule.token_bytes()  # type: ignore[attr-defined]
+        self._token_bytes = None if table is None else torch.as_tensor(table, device=self.device)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Adds the batch's nats, tokens and bytes; validation never sees a selector."""
+        targets = batch["targets"]
+        result = linear_cross_entropy(
+            self.gpt.hidden(batch["tokens"]),
+            self.gpt.head_weight(),
+            targets,
+            softcap=self.gpt.config.softcap,
+            chunk=self.objectives["next_token"].chunk,  # type: ignore[arg-type]
+        )
+        valid = targets[targets != IGNORED]
+        size = 0.0 if self._token_bytes is None else self._token_bytes[valid].sum().item()
+        nats = result.per_token.sum(dtype=torch.float64).item()
+        self._validation += torch.tensor([nats, valid.numel(), size], dtype=torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        """`val/loss` in nats per token and `val/bpb` in bits per byte of text."""
+        self.validated_at = self.global_step
+        nats, tokens, size = self._validation.tolist()
+        metrics = {"val/loss": nats / max(tokens, 1.0)}
+        if size:
+            metrics["val/bpb"] = nats / math.log(2) / size
+        self.log_dict(metrics, prog_bar=True, logger=False)
+
+    # ---- resume -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what makes a resume exact: the format, the random generators, threads and compile mode."""
+        checkpoint["nanochat_format"] = CHECKPOINT_FORMAT
+        checkpoint["nanochat_run"] = {
+            "rng": get_rng_state(),
+            "threads": torch.get_num_threads(),
+            "compile": bool(self.cfg.get("compile") is True),
+            "torch": str(torch.__version__),
+            "rate_scale": self.rate_scale,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the random generators for the start of training, after everything else has drawn from them.
+
+        The rates stay as low as the run has had to make them.
+        """
+        self._rng_state = checkpoint["nanochat_run"]["rng"]
+        self.rate_scale = min(self.rate_scale, float(checkpoint["nanochat_run"].get("rate_scale", 1.0)))
+
+    def on_train_start(self) -> None:
+        if self._rng_state is not None:
+            set_rng_state(self._rng_state)
+            self._rng_state = None

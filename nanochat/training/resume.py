@@ -1,0 +1,161 @@
+"""Going on with a saved run: which checkpoint, and whether it may be gone on with."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.checkpoint import read_checkpoint
+from nanochat.errors import UserError
+from nanochat.files import anchored
+
+log = logging.getLogger(__name__)
+
+OWN_RULES = {"ckpt_path", "callbacks", "compile", "data", "debug", "experiment", "hydra", "logger", "loss", "optim",
+             "rate_scale", "schedule", "seed", "tags", "task_name", "tokenizer", "trainer"}  # fmt: skip
+"""top-level keys that are not compared as a whole; what is not here (model, features) must be equal"""
+EQUAL = ("seed", "data.corpus", "data.seq_len", "data.batch_size", "data.seed", "data.synthetic_vocab",
+         "trainer.accumulate_grad_batches", "loss.label_smoothing", "loss.z_loss")  # fmt: skip
+"""further values without which a resumed run would not be the same run; the text itself is compared by the data"""
+TOLD = (
+    "schedule",
+    "trainer.max_steps",
+    "loss.chunk",
+    "trainer.precision",
+    "trainer.gradient_clip_val",
+    "trainer.accelerator",
+)
+"""may change, but the results do"""
+PATHS = (
+    "data.paths",
+    "data.val_paths",
+    "data.cache_dir",
+    "tokenizer.path",
+    "collider.reference",
+    "collider.cache",
+)
+"""files and folders that a run reads anew when it goes on"""
+ABSENT = object()
+
+
+def checkpoint_to_resume(folder: Path, ckpt_path: str | Path | None) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start.
+
+    Args:
+        folder: the run's folder.
+        ckpt_path: `last` (of the folder), `auto` (last or a fresh start), a file, or None.
+
+    Raises:
+        UserError: there is no such checkpoint, or a fresh start would overwrite a saved run.
+    """
+    last = folder / "checkpoints" / "last.ckpt"
+    if ckpt_path is None:
+        if last.is_file():
+            raise UserError(
+                f"{folder} already holds a run with checkpoints: say ckpt_path=last to go on with it, or give another "
+                "hydra.run.dir."
+            )
+        return None
+    if ckpt_path == "auto":
+        return last if last.is_file() else None
+    if ckpt_path == "last":
+        if not last.is_file():
+            raise UserError(
+                f"ckpt_path=last: there is no {last}; give the run's folder as hydra.run.dir, or say ckpt_path=auto to "
+                "start afresh where there is none."
+            )
+        return last
+    path = Path(ckpt_path)
+    if not path.is_file():
+        raise UserError(f"ckpt_path={path}: there is no such file.")
+    return path
+
+
+def anchor_paths(plain: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a run's plain configuration whose paths mean the same from every working folder.
+
+    `collider.reference` follows links, too: `outputs/latest` is this very run from its first checkpoint on.
+    """
+    plain = copy.deepcopy(plain)
+    for key in PATHS:
+        group, _, name = key.partition(".")
+        node = plain.get(group)
+        value = node.get(name) if isinstance(node, dict) else None
+        if not value:
+            continue
+        value = [anchored(path) for path in value] if isinstance(value, list) else anchored(value)
+        node[name] = os.path.realpath(value) if key == "collider.reference" else value  # type: ignore[index]
+    return plain
+
+
+def check_resume(path: Path, plain_cfg: dict[str, Any]) -> None:
+    """Compare a checkpoint with the configuration that is to go on from it, and take over its `rate_scale`.
+
+    Warns of what changes the results (schedule, precision, threads, compile mode, torch's version).
+
+    Raises:
+        UserError: the file is damaged, foreign or of a newer format; or the run would not be the same run (the
+            message lists each key, old -> new).
+    """
+    checkpoint = read_checkpoint(path)
+    saved, run = (checkpoint.get("hyper_parameters") or {}).get("cfg"), checkpoint.get("nanochat_run")
+    if not isinstance(saved, dict) or not isinstance(run, dict) or "optimizer_states" not in checkpoint:
+        raise UserError(f"ckpt_path={path} holds weights only, or is not a run of nanochat: it cannot be resumed.")
+    saved = anchor_paths(saved)
+    whole = sorted((set(saved) | set(plain_cfg)) - OWN_RULES)
+    changed = [
+        line for key in (*EQUAL, *whole) for line in differences(key, lookup(saved, key), lookup(plain_cfg, key))
+    ]
+    changed += differences("tokenizer", saved.get("tokenizer"), plain_cfg.get("tokenizer"))
+    optim = differences("optim", saved.get("optim"), plain_cfg.get("optim"))
+    # rates are not part of the optimizer's state; everything else says what the state means
+    rates = [line for line in optim if line.split()[0].endswith(("lr", ".weight_decay"))]
+    changed += [line for line in optim if line not in rates]
+    if changed:
+        raise UserError(
+            f"{path} cannot be resumed with other settings than it was trained with: {'; '.join(changed)}. "
+            "Undo these changes, or train a new run."
+        )
+    told = [line for key in TOLD for line in differences(key, lookup(saved, key), lookup(plain_cfg, key))]
+    told += rates
+    here = {"threads": torch.get_num_threads(), "compile": bool(plain_cfg.get("compile") is True),
+            "torch": str(torch.__version__)}  # fmt: skip
+    told += [line for key, value in here.items() for line in differences(key, run.get(key), value)]
+    if told:
+        log.warning("Resuming, but not bit for bit, since these have changed: %s.", "; ".join(told))
+    if run.get("rate_scale", 1.0) != 1.0:
+        plain_cfg["rate_scale"] = float(run["rate_scale"])
+
+
+def lookup(cfg: dict[str, Any], key: str) -> Any:
+    """The value at a dotted key, `ABSENT` where there is none."""
+    value: Any = cfg
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return ABSENT
+        value = value[part]
+    return value
+
+
+def differences(key: str, old: Any, new: Any) -> list[str]:
+    """`key old -> new` for each leaf that differs; an absent one equals null."""
+    old, new = (None if v is ABSENT else list(v) if isinstance(v, tuple) else v for v in (old, new))
+    if isinstance(old, dict) or isinstance(new, dict):
+        # a feature that is off has no node, or an empty one
+        before, after = (v if isinstance(v, dict) else {} for v in (old, new))
+        return [
+            line
+            for name in sorted({**before, **after}, key=str)
+            for line in differences(f"{key}.{name}", before.get(name), after.get(name))
+        ]
+    return [] if old == new else [f"{key} {show(old)} -> {show(new)}"]
+
+
+def show(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

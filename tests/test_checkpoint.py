@@ -1,0 +1,122 @@
+"""A run folder reads back bit for bit, and everything that can be wrong with one is said in a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nanochat.checkpoint import load_run
+from nanochat.errors import UserError
+from nanochat.model import GPTConfig
+from nanochat.run_folder import find_checkpoint
+from tests.inference.helpers import random_gpt, write_run
+
+TINY = GPTConfig(vocab_size=32, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=24, seq_len=16)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "run", random_gpt(TINY), objectives={"mtp.proj.weight": torch.ones(2, 3)})
+
+
+def test_reads_back_the_same_network(run, tmp_path):
+    tokens = torch.arange(10)[None]
+    expected = random_gpt(TINY)(tokens)
+    link = tmp_path / "latest"
+    link.symlink_to("run")
+    for path in (run, link, run / "checkpoints", run / "checkpoints" / "last.ckpt"):
+        loaded = load_run(path)
+        assert torch.equal(loaded.gpt(tokens), expected)
+        assert loaded.config == TINY
+        assert loaded.meta["step"] == 7
+        assert torch.equal(loaded.objectives["mtp.proj.weight"], torch.ones(2, 3))
+
+
+def test_picks_the_checkpoint_that_is_asked_for(run):
+    other = random_gpt(TINY, seed=5)
+    write_run(run, other, name="step=20")
+    for which in (20, "20", "step=20"):
+        assert torch.equal(load_run(run, which).gpt.embedding.weight, other.embedding.weight)
+    with pytest.raises(UserError, match=r"no checkpoint 'step=30'; it has last, step=20"):
+        load_run(run, 30)
+
+
+def test_says_what_is_missing(run, tmp_path):
+    with pytest.raises(UserError, match="no run at"):
+        load_run(tmp_path / "nowhere")
+    dangling = tmp_path / "latest"
+    dangling.symlink_to("gone")
+    with pytest.raises(UserError, match="a link to a folder that is gone"):
+        load_run(dangling)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="not a run folder"):
+        load_run(tmp_path / "empty")
+    with pytest.raises(UserError, match="not a run"):
+        load_run(run / "model.json")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        load_run(run)
+    with pytest.raises(UserError, match="no tokenizer"):
+        _ = load_run(write_run(tmp_path / "other", random_gpt(TINY))).tokenizer
+
+
+def test_says_when_the_weights_are_of_another_model(run):
+    GPTConfig(**{**vars(TINY), "ffn_dim": 32}).to_json(run / "model.json")
+    with pytest.raises(UserError, match=r"gate\.weight is 24x16 instead of 32x16.*and 3 more"):
+        load_run(run)
+    GPTConfig(**{**vars(TINY), "n_layers": 3}).to_json(run / "model.json")
+    with pytest.raises(UserError, match="missing"):
+        load_run(run)
+
+
+def test_refuses_a_newer_format_and_other_files(run):
+    path = run / "checkpoints" / "last.ckpt"
+    write_run(run, random_gpt(TINY), nanochat_format=2)
+    with pytest.raises(UserError, match="format 2"):
+        load_run(run)
+    torch.save({"weights": 1}, path)
+    with pytest.raises(UserError, match="no state_dict"):
+        load_run(run)
+    torch.save(torch.ones(3), path)
+    with pytest.raises(UserError, match="not a nanochat checkpoint"):
+        load_run(run)
+
+
+def test_executes_nothing_while_reading(run):
+    import os
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {run}/owned",)
+
+    torch.save({"state_dict": {"gpt.x": Evil()}}, run / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_run(run)
+    assert not (run / "owned").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99, -1])
+def test_a_truncated_checkpoint_is_a_user_error(run, keep):
+    path = run / "checkpoints" / "last.ckpt"
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    with pytest.raises(UserError, match="truncated, corrupt, or"):
+        load_run(run)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_flipped_bytes_never_crash(run, data):
+    _, path = find_checkpoint(run)
+    write_run(run, random_gpt(TINY))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    with contextlib.suppress(UserError):
+        load_run(run)
