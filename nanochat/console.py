@@ -11,20 +11,22 @@ from nanochat.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's options, with `--json`; a mistake is a `UserError` of one sentence (exit code 2).
+    """A command's options; a mistake is a `UserError` of one sentence (exit code 2).
 
     Args:
         verb: the words after `nanochat`.
         description: what `--help` says first.
+        json: with the option `--json`.
         repeats: default of `--repeats`; None leaves out the options of a timing, `--repeats` and `--threads`.
     """
 
-    def __init__(self, verb: str, description: str | None, repeats: int | None = None) -> None:
+    def __init__(self, verb: str, description: str | None, repeats: int | None = None, json: bool = True) -> None:
         super().__init__(prog=f"nanochat {verb}", description=description, allow_abbrev=False)
         if repeats is not None:
             self.add_argument("--repeats", type=count, default=repeats, help=f"rounds of each arm ({repeats})")
             self.add_argument("--threads", type=count, default=1, help="threads of torch (1)")
-        self.add_argument("--json", action="store_true", help="print the figures as JSON")
+        if json:
+            self.add_argument("--json", action="store_true", help="print the figures as JSON")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}{'' if message.endswith(('.', '?')) else '.'}")
