@@ -184,6 +184,8 @@ def check_arguments(target: Callable[..., Any], node: Mapping[str, Any], path: s
             annotation = hints.get(name, Any)
             if not fits(value, annotation):
                 problems.append(f"{key}={_shown(value)} must be {describe(annotation)}.")
+    if is_open and hasattr(target, "problems_of"):  # what is behind `**options` is the target's to say
+        problems += target.problems_of(node)  # type: ignore[attr-defined]
     if not node.get("_partial_"):
         for name, parameter in known.items():
             needed = parameter.default is parameter.empty and name not in supplied and name not in taken
