@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nanochat.config.check import check
 from nanochat.config.compose import hydra_settings
 from nanochat.config.hydra_errors import explain, refuse
-from nanochat.config.schema import CONF
+from nanochat.config.schema import CONF, sweep_folder
 from nanochat.errors import UserError, print_error
 from nanochat.files import quoted
 from nanochat.reports import sweep
@@ -92,16 +92,19 @@ class Hooks(Callback):
         _launch.started = True
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if _launch.sweep_folder is None:
-            return
         assert job_return.hydra_cfg is not None
         settings = job_return.hydra_cfg.hydra
+        if settings.mode != RunMode.MULTIRUN:
+            return
         failed = job_return.status is JobStatus.FAILED
         error = job_return._return_value if failed else None
         job = sweep.Job(
             int(settings.job.num), list(job_return.overrides or []), Path(settings.runtime.output_dir), error
         )
-        _launch.jobs.append(job)
+        if _launch.sweep_folder is None:  # a launcher has started this job in a process of its own
+            job.record(sweep_folder(settings))
+        else:
+            _launch.jobs.append(job)
         if error is not None and not isinstance(error, UserError):
             traceback.print_exception(error)
 
@@ -176,7 +179,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(words)
         sys.argv = [before[0], *words]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands us its errors instead of printing them
-        _task()
+        try:
+            _task()
+        finally:
+            if _launch.sweep_folder is not None and not _launch.jobs:
+                _launch.jobs = sweep.collect(_launch.sweep_folder)
     except UserError as error:
         if not _launch.jobs:
             print_error(error)
@@ -208,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def raise_unless_reported(error: Exception) -> None:
     """Raise an error again, unless it is that of a sweep's job, which is in the table."""
-    if not any(job.error is error for job in _launch.jobs):
+    if not any(job.error is error or str(job.error) == sweep.sentence(error) for job in _launch.jobs):
         raise error
 
 

@@ -34,7 +34,7 @@ class Slot:
     """in the file: padded with zeros at the end"""
     matrix: bool
     """a ternary (or float) matrix of a block; otherwise float32"""
-    heads: int = 0
+    permuted_heads: int = 0
     """heads whose rows are permuted; 0 = none"""
     scale: float = 1.0
     """the file holds the vector times this"""
@@ -137,14 +137,14 @@ def mtp_heads(objectives: Mapping[str, Tensor]) -> int:
     return sum(name.startswith("mtp.heads.") and name.endswith(".eh_proj.weight") for name in objectives)
 
 
-def network_slots(config: GPTConfig, arch: str, kind: str, heads: int = 0) -> Iterator[Slot]:
+def network_slots(config: GPTConfig, arch: str, kind: str, nextn: int = 0) -> Iterator[Slot]:
     """Every parameter but the embedding table and the output matrix."""
     yield Slot("output_norm", "norm.weight", (config.dim,), (config.dim,), False)
     for layer in range(config.n_layers):
         yield from block_slots(config, arch, kind, f"blocks.{layer}", f"blk.{layer}")
         if config.streams > 1:
             yield from hyper_slots(config, layer)
-    for head in range(heads):
+    for head in range(nextn):
         yield from mtp_slots(config, arch, kind, head)
 
 
@@ -156,8 +156,8 @@ def plan_slot(slot: Slot, config: GPTConfig, weights: Mapping[str, Tensor], kind
             array = shipped(weights[slot.source], config)
         else:
             array = weights[slot.source].detach().cpu().float().numpy() * np.float32(slot.scale)
-        if slot.heads:
-            array = permute_heads(array, slot.heads)
+        if slot.permuted_heads:
+            array = permute_heads(array, slot.permuted_heads)
         return np.pad(array, [(0, size - now) for size, now in zip(slot.stored, array.shape, strict=True)])
 
     return TensorPlan(
@@ -171,9 +171,9 @@ def folds_embedding(config: GPTConfig, arch: str) -> bool:
 
 
 def plan_tensors(
-    config: GPTConfig, weights: Mapping[str, Tensor], arch: str, kind: str, embedding_type: str, heads: int = 0
+    config: GPTConfig, weights: Mapping[str, Tensor], arch: str, kind: str, embedding_type: str, nextn: int = 0
 ) -> list[TensorPlan]:
-    """Every tensor of the file, in order. `weights` is `GPT.state_dict()`, with those of the `heads` sequential heads
+    """Every tensor of the file, in order. `weights` is `GPT.state_dict()`, with those of the `nextn` sequential heads
     of multi-token prediction under `mtp.heads.`.
     """
     table = weights["embedding.weight"]
@@ -192,7 +192,7 @@ def plan_tensors(
     plans = [TensorPlan("token_embd.weight", shape, embedding_type, embedding, False)]
     if fold or not config.tied:
         plans.append(TensorPlan("output.weight", shape, embedding_type, head, False))
-    plans += [plan_slot(slot, config, weights, kind) for slot in network_slots(config, arch, kind, heads)]
+    plans += [plan_slot(slot, config, weights, kind) for slot in network_slots(config, arch, kind, nextn)]
     return plans
 
 
@@ -203,8 +203,8 @@ def read_slot(file: GGUFFile, slot: Slot) -> Tensor:
     """
     array = read_tensor(file, f"{slot.name}.weight", slot.stored)
     array = array[tuple(slice(size) for size in slot.shape)]
-    if slot.heads:
-        array = unpermute_heads(array, slot.heads)
+    if slot.permuted_heads:
+        array = unpermute_heads(array, slot.permuted_heads)
     if slot.scale != 1:
         array = array / np.float32(slot.scale)
     return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
@@ -219,7 +219,7 @@ def read_tensor(file: GGUFFile, name: str, shape: tuple[int, ...]) -> np.ndarray
 
 
 def read_network(
-    file: GGUFFile, config: GPTConfig, arch: str, kind: str, heads: int = 0
+    file: GGUFFile, config: GPTConfig, arch: str, kind: str, nextn: int = 0
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The network in a file: its configuration as it is now (an embedding norm may be folded, the output matrix may
     have become its own) and its parameters, matrices de-quantised.
@@ -230,7 +230,7 @@ def read_network(
     weights = {"embedding.weight": torch.from_numpy(read_tensor(file, "token_embd.weight", shape).copy())}
     if folds_embedding(config, arch) or not config.tied:
         weights["head.weight"] = torch.from_numpy(read_tensor(file, "output.weight", shape).copy())
-    for slot in network_slots(config, arch, kind, heads):
+    for slot in network_slots(config, arch, kind, nextn):
         weights[slot.source] = read_slot(file, slot)
     if folds_embedding(config, arch):
         config = replace(config, embedding_norm=False)

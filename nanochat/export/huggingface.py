@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanochat.checkpoint import Run
 from nanochat.errors import UserError
-from nanochat.export.gguf import Report, architecture
+from nanochat.export.gguf import ExportReport, architecture
 from nanochat.export.gguf_tensors import shipped
 from nanochat.model.config import GPTConfig
 
@@ -105,7 +105,7 @@ def tensors(config: GPTConfig, weights: dict[str, Tensor], dtype: str) -> dict[s
     return result
 
 
-def export_huggingface(run: Run, path: str | Path, dtype: str = "f32", *, force: bool = False) -> Report:
+def export_huggingface(run: Run, path: str | Path, dtype: str = "f32", *, force: bool = False) -> ExportReport:
     """Write a run as a folder for `transformers`.
 
     Args:
@@ -166,7 +166,7 @@ def export_huggingface(run: Run, path: str | Path, dtype: str = "f32", *, force:
         shutil.rmtree(aside, ignore_errors=True)
     parameters = sum(parameter.numel() for parameter in run.gpt.parameters())
     size = sum(file.stat().st_size for file in path.iterdir())
-    return Report(path, kind, dtype, size, 2 * parameters, [])
+    return ExportReport(path, kind, dtype, size, 2 * parameters, [])
 
 
 def _check_folder(path: Path, force: bool) -> None:

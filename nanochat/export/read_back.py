@@ -67,8 +67,8 @@ def read_export(path: str | Path) -> Exported:
         kind = kinds.get(file.get("general.file_type", int))
         if kind is None:
             raise UserError(f"{path} has a general.file_type that nanochat does not write.")
-        heads = file.get(f"{arch}.nextn_predict_layers", int, 0)
-        config, weights = read_network(file, read_config(values, path), arch, kind, heads)
+        nextn = file.get(f"{arch}.nextn_predict_layers", int, 0)
+        config, weights = read_network(file, read_config(values, path), arch, kind, nextn)
         objectives = {name: weights.pop(name) for name in list(weights) if name.startswith("mtp.")}
         tokenizer_json = file.get("tokenizer.huggingface.json", str, "") or None
         step = file.get("nanochat.step", int, 0)

@@ -156,7 +156,7 @@ def test_the_trunk_alone(run, tmp_path):
     assert not read_export(report.path).objectives
 
 
-@pytest.mark.parametrize("kind", ["tq2_0", "q4_0", "f32"])
+@pytest.mark.parametrize("kind", ["tq2_0", "q2_0", "q4_0", "f32"])
 @pytest.mark.parametrize("own", [False, True])
 def test_the_heads_read_back(run, kind, own, tmp_path):
     path = export_gguf(run, tmp_path / "model.gguf", kind, own=own).path
