@@ -17,10 +17,15 @@ def listing(folder: Path) -> dict[str, str]:
 def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
-        file.write(b"half")
-        file.flush()
-        raise ZeroDivisionError
+
+    def interrupted() -> None:
+        with atomic_write(path) as file:
+            file.write(b"half")
+            file.flush()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
     assert listing(tmp_path) == {"file": "old"}
     with atomic_write(path) as file:
         file.write(b"new")
@@ -45,9 +50,13 @@ def test_a_folder_takes_the_place_of_what_was_there(tmp_path: Path, before: str)
         (aside / "inner").mkdir(parents=True)
         (aside / "inner" / "file").write_text("new")
 
-    with pytest.raises(ZeroDivisionError), replacing(path) as aside:
-        write(aside)
-        raise ZeroDivisionError
+    def interrupted() -> None:
+        with replacing(path) as aside:
+            write(aside)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
     assert listing(tmp_path) == found
     with replacing(path) as aside:
         write(aside)
