@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # the model, which uses this file too, needs neither of them
+    from hydra.core.utils import JobReturn
+    from lightning import Trainer
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) int8 @ b (K, N) int8 -> (M, N) int32, exact. torch has no public product of int8 matrices."""
     return torch._int_mm(a, b)  # type: ignore[attr-defined]
+
+
+def job_error(job_return: JobReturn) -> BaseException:
+    """What a failed job of Hydra raised. The public `return_value` prints a line of its own, then raises it."""
+    return job_return._return_value
+
+
+def validate_during_fit(trainer: Trainer) -> None:
+    """Run Lightning's validation loop while it fits. `Trainer.validate` would end the fit: it takes over its state,
+    tears the callbacks down and leaves the module in evaluation mode."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    try:
+        loop.run()
+    finally:
+        trainer.training = True

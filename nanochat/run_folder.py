@@ -5,23 +5,24 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from nanochat.errors import UserError
+
+STEP_FILE = re.compile(r"step=(\d+)\.ckpt")
 
 
 def find_checkpoint(path: str | Path, which: str | int = "last") -> tuple[Path, Path]:
     """The run folder and the checkpoint file that `path` means.
 
     Args:
-        path: a run folder, a link to one (`outputs/latest`), or a `.ckpt` file in a run's `checkpoints`
-            folder.
+        path: a run folder, a link to one (`outputs/latest`), or a `.ckpt` file in a run's `checkpoints` folder.
         which: "last", or the optimizer step of a kept checkpoint ("200", 200 or "step=200").
 
     Raises:
-        UserError: nothing there, not a run folder, or no such checkpoint (the message lists those that
-        exist).
+        UserError: nothing there, not a run folder, or no such checkpoint (the message lists those that exist).
     """
     path = Path(path)
     if path.is_file():
@@ -66,6 +67,13 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         for row in csv.DictReader(lines)
         if row.get("step", "").isdigit() and None not in row and None not in row.values()
     ]
+
+
+def step_checkpoints(folder: Path) -> dict[int, Path]:
+    """The `step=N.ckpt` files of a run's `checkpoints` folder by N, the newest first."""
+    names = {path: STEP_FILE.fullmatch(path.name) for path in folder.glob("step=*.ckpt")}
+    found = {int(match[1]): path for path, match in names.items() if match}
+    return dict(sorted(found.items(), reverse=True))
 
 
 def point_latest(folder: Path) -> None:

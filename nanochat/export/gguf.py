@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from nanochat.export.packing import (
     packed_bytes,
 )
 from nanochat.export.vocabulary import Vocabulary, read_vocabulary
+from nanochat.files import replacing
 from nanochat.model.config import GPTConfig
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "tq1_0": 36, "tq2_0": 37, "q2_0": 41}  # general.file_type, llama_ftype
@@ -186,32 +186,29 @@ def write_gguf(path: Path, arch: str, keys: dict[str, Any], plans: list[TensorPl
     Raises `UserError` when the folder cannot be written or a tensor does not fit its type.
     """
     gguf = gguf_library()
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        writer = gguf.GGUFWriter(aside, arch)
-        for key, value in keys.items():
-            _add_key(writer, key, value)
-        for plan in plans:
-            size = packed_bytes(plan.shape, plan.type)
-            # any dtype but uint8: of bytes the library would work out the shape, from the types that it knows
-            writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.int8), size, raw_dtype=NUMBERS[plan.type])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for plan in plans:
-            try:
-                writer.write_tensor_data(pack(plan.values(), plan.type, plan.exact))
-            except UserError as error:
-                raise UserError(f"{plan.name}: {error}") from error
-        for file in writer.fout or []:
-            file.flush()
-            os.fsync(file.fileno())
-        writer.close()
-        aside.replace(path)
+        with replacing(path) as aside:
+            _write(gguf.GGUFWriter(aside, arch), keys, plans)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        aside.unlink(missing_ok=True)
+
+
+def _write(writer: Any, keys: dict[str, Any], plans: list[TensorPlan]) -> None:
+    for key, value in keys.items():
+        _add_key(writer, key, value)
+    for plan in plans:
+        size = packed_bytes(plan.shape, plan.type)
+        # any dtype but uint8: of bytes the library would work out the shape, from the types that it knows
+        writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.int8), size, raw_dtype=NUMBERS[plan.type])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for plan in plans:
+        try:
+            writer.write_tensor_data(pack(plan.values(), plan.type, plan.exact))
+        except UserError as error:
+            raise UserError(f"{plan.name}: {error}") from error
+    writer.close()
 
 
 def _add_key(writer, key: str, value: Any) -> None:

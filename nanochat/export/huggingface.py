@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from nanochat.checkpoint import Run
 from nanochat.errors import UserError
 from nanochat.export.gguf import ExportReport, architecture
 from nanochat.export.gguf_tensors import shipped
+from nanochat.files import replacing
 from nanochat.model.config import GPTConfig
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -150,20 +149,15 @@ def export_huggingface(run: Run, path: str | Path, dtype: str = "f32", *, force:
             "additional_special_tokens": [t for t in special if t != names_by_id.get(tokenizer.eot_id)],
         },
     }
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        aside.mkdir()
-        for name, document in documents.items():
-            (aside / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        (aside / "tokenizer.json").write_text(source, encoding="utf-8")
-        save_file(content, str(aside / "model.safetensors"), metadata={"format": "pt"})
-        if path.is_dir():
-            shutil.rmtree(path)
-        aside.rename(path)
+        with replacing(path) as aside:
+            aside.mkdir()
+            for name, document in documents.items():
+                (aside / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            (aside / "tokenizer.json").write_text(source, encoding="utf-8")
+            save_file(content, str(aside / "model.safetensors"), metadata={"format": "pt"})
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     parameters = sum(parameter.numel() for parameter in run.gpt.parameters())
     size = sum(file.stat().st_size for file in path.iterdir())
     return ExportReport(path, kind, dtype, size, 2 * parameters, [])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.errors import ConfigError, UserError
+from nanochat.files import atomic_write
 
 ACTIVATIONS = ("silu", "relu2")
 ACTIVATION_SCALES = ("token", "block", "none")
@@ -138,8 +139,9 @@ class GPTConfig:
         return 0.8 if self.embedding_norm else 0.02
 
     def to_json(self, path: str | Path) -> None:
-        """Write the configuration as JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Write the configuration as JSON, in place of a file that is there."""
+        with atomic_write(Path(path)) as file:
+            file.write((json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
 
     @classmethod
     def from_dict(cls, values: dict) -> GPTConfig:
