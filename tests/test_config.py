@@ -220,8 +220,8 @@ def test_a_feature_is_added_with_a_plus(own_files: str) -> None:
         (["+collider=on", "collider.warmup_steps=-1"], ["collider.warmup_steps=-1 must be"]),
         (["+collider=on", "collider.cache=x"], ["collider.cache holds"]),
         (["+mtp=on", "mtp.tokens=40", "data.seq_len=32"], ["mtp.tokens=40 looks beyond", "at most 31"]),
-        (["optim=adamw", "optim.betas=[0.9]"], ["optim.betas=[0.9] must be a list of 2"]),
-        (["optim.groups.hyper=5"], ["optim.groups.hyper=5 is no group"]),
+        (["optim=adamw", "optim.betas=[0.9]"], ["optim.betas=[0.9] must be two numbers"]),
+        (["optim.groups.hyper=5"], ["optim.groups.hyper=5 is not a group"]),
         (["optim=adamw", "optim.eps=0"], ["optim.eps=0 must be more than 0"]),
         (["++mtp=on"], ["write +mtp=on"]),
         (["+mtp=null"], ["+mtp=null", "+mtp=off"]),  # Hydra crashes with a TypeError

@@ -144,7 +144,7 @@ def lookup(cfg: dict[str, Any], key: str) -> Any:
 
 
 def differences(key: str, old: Any, new: Any) -> list[str]:
-    """`key old -> new` for each leaf that differs; an absent one equals null."""
+    """`key old -> new` for each leaf that differs; an absent one equals null, and `auto` of an option that is new."""
     old, new = (None if v is ABSENT else list(v) if isinstance(v, tuple) else v for v in (old, new))
     if isinstance(old, dict) or isinstance(new, dict):
         # a feature that is off has no node, or an empty one
@@ -154,7 +154,7 @@ def differences(key: str, old: Any, new: Any) -> list[str]:
             for name in sorted({**before, **after}, key=str)
             for line in differences(f"{key}.{name}", before.get(name), after.get(name))
         ]
-    return [] if old == new else [f"{key} {show(old)} -> {show(new)}"]
+    return [] if old == new or (old is None and new == "auto") else [f"{key} {show(old)} -> {show(new)}"]
 
 
 def show(value: Any) -> str:
