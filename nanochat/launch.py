@@ -19,6 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from nanochat.config.check import Checked, check
@@ -26,7 +27,7 @@ from nanochat.config.compose import check_overrides, hydra_settings
 from nanochat.config.hydra_errors import explain
 from nanochat.config.overrides import COMPOSING, RESUME, Overrides
 from nanochat.config.renamed import rename_targets
-from nanochat.config.schema import CONF
+from nanochat.config.schema import CONF, sweep_folder
 from nanochat.errors import UserError, did_you_mean, print_error
 from nanochat.files import quoted
 from nanochat.reports import sweep
@@ -89,16 +90,19 @@ class Hooks(Callback):
         _launch.started = True
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if _launch.sweep_folder is None:
-            return
         assert job_return.hydra_cfg is not None
         settings = job_return.hydra_cfg.hydra
+        if settings.mode != RunMode.MULTIRUN:
+            return
         failed = job_return.status is JobStatus.FAILED
         error = job_return._return_value if failed else None
         job = sweep.Job(
             int(settings.job.num), list(job_return.overrides or []), Path(settings.runtime.output_dir), error
         )
-        _launch.jobs.append(job)
+        if _launch.sweep_folder is None:  # a launcher has started this job in a process of its own
+            job.record(sweep_folder(settings))
+        else:
+            _launch.jobs.append(job)
         if error is not None and not isinstance(error, UserError):
             traceback.print_exception(error)
 
@@ -139,11 +143,12 @@ def _task(cfg: DictConfig) -> float | None:
     from nanochat.run import train
 
     _quieten_lightning()
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
     try:
         return train(_launch.checked or cfg, folder).get("val/bpb")
     except UserError as error:
-        if _launch.sweep_folder is not None:
+        if settings.mode == RunMode.MULTIRUN:
             _discard(folder)
             raise  # SystemExit would end the other jobs too
         if folder in _launch.made:
@@ -169,7 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags, overrides = split(resume(list(sys.argv[1:] if argv is None else argv)))
         sys.argv = [before[0], *flags, *overrides]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands us its errors instead of printing them
-        _task()
+        try:
+            _task()
+        finally:
+            if _launch.sweep_folder is not None and not _launch.jobs:
+                _launch.jobs = sweep.collect(_launch.sweep_folder)
     except UserError as error:
         if not _launch.jobs:
             print_error(error)
@@ -228,7 +237,7 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 
 def raise_unless_reported(error: Exception) -> None:
     """Raise an error again, unless it is that of a sweep's job, which is in the table."""
-    if not any(job.error is error for job in _launch.jobs):
+    if not any(job.error is error or str(job.error) == sweep.sentence(error) for job in _launch.jobs):
         raise error
 
 

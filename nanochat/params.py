@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from nanochat.config.compose import compose
 from nanochat.config.vocabulary import plan_vocabulary
-from nanochat.console import Parser, show
+from nanochat.console import Parser
 from nanochat.device import find_device
 from nanochat.export.gguf_tensors import mtp_heads
 from nanochat.optim import Optimizer
+from nanochat.reports.table import Table
 from nanochat.run import settle
 from nanochat.training.module import NanoChatModule
 
@@ -104,12 +104,16 @@ def count(cfg: dict[str, Any]) -> dict[str, Part]:
     return dict(parts)
 
 
-def table(parts: dict[str, Part], total: Part) -> Iterator[list[str]]:
-    """The cells of the table's rows."""
+def table(title: str, parts: dict[str, Part], total: Part) -> Table:
+    """A row for each part, and their sum."""
+    rows = []
     for name, part in (*parts.items(), ("all", total)):
         share = f"{100 * part.parameters / total.parameters:.1f}%"
         sizes = (4 * part.parameters, part.optimizer_bytes, part.file_bytes)
-        yield [name, f"{part.parameters:,}", share, *(f"{size / 1e6:,.1f}" for size in sizes)]
+        rows.append([name, f"{part.parameters:,}", share, *(f"{size / 1e6:,.1f}" for size in sizes)])
+    headings = ["part", "parameters", "share", "float32 MB", "optimizer MB", "GGUF MB (TQ2_0, Q8_0)"]
+    note = "Training holds weights, gradients (as large as the weights), the optimizer's state, and activations."
+    return Table(title, headings, rows, [note])
 
 
 def main(argv: list[str]) -> int:
@@ -136,8 +140,6 @@ def main(argv: list[str]) -> int:
         print(json.dumps(figures))
         return 0
     model = cfg["model"]
-    note = "Training holds weights, gradients (as large as the weights), the optimizer's state, and activations."
-    columns = ["part", "parameters", "share", "float32 MB", "optimizer MB", "GGUF MB (TQ2_0, Q8_0)"]
-    title = f"{model['n_layers']} layers of width {model['dim']}, {model['vocab_size']:,} words"
-    show(title, columns, list(table(parts, total)), [note])
+    title = f"{model['n_layers']} layers of width {model['dim']}, a vocabulary of {model['vocab_size']:,}"
+    table(title, parts, total).show()
     return 0

@@ -22,7 +22,7 @@ from nanochat.data import DataModule
 from nanochat.device import default_precision, find_device
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
-from nanochat.reports.card import Report
+from nanochat.reports.card import RunReport
 from nanochat.training.callbacks.base import PendingValidation
 from nanochat.training.callbacks.guard import NonFiniteError
 from nanochat.training.callbacks.progress import ProgressBar
@@ -65,7 +65,7 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
         check_resume(checkpoint, plain)
     write_run_files(folder, plain, data)
 
-    report = Report(folder, plain, data)
+    report = RunReport(folder, plain, data)
     trainer: Trainer | None = None
     loggers: list[Any] = []
     try:

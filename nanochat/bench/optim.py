@@ -32,13 +32,14 @@ from nanochat.bench.measure import (
     seconds,
 )
 from nanochat.config.compose import compose
-from nanochat.console import Parser, show, some_of
+from nanochat.console import Parser, some_of
 from nanochat.device import find_device
 from nanochat.model import GPT
 from nanochat.optim import Optimizer, build
 from nanochat.optim.build import TABLES
 from nanochat.optim.optimizer import tensor_bytes
 from nanochat.optim.rules.galore import GaLore
+from nanochat.reports.table import show
 
 PRESETS = ("test-8bit", "d20", "nano-125m", "d20-e3-full")
 OPTIMIZERS = tuple(options_of("optim"))

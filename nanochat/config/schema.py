@@ -124,12 +124,39 @@ def _in_sweep() -> bool:
 
 def _sweep_name() -> str | None:
     """The name of the sweep's folder; None for a single run."""
-    return Path(HydraConfig.get().sweep.dir).name if _in_sweep() else None
+    return sweep_folder(HydraConfig.get()).name if _in_sweep() else None
+
+
+def sweep_folder(hydra: Any) -> Path:
+    """The folder of the sweep that a job belongs to.
+
+    From the job's own folder: `sweep.dir` has the time in it, and is resolved anew in a process of the job's own.
+    """
+    return Path(hydra.runtime.output_dir).parents[len(Path(str(hydra.sweep.subdir)).parts) - 1]
 
 
 def _run_name(task_name: str) -> str:
-    """The overrides of a sweep's job; the task's name for a single run."""
-    return HydraConfig.get().job.override_dirname or task_name if _in_sweep() else task_name
+    """What a sweep's job has of its own, such as `adamw mtp=on seed=0`; the task's name for a single run."""
+    if not _in_sweep():
+        return task_name
+    swept = _swept_keys()
+    own = [override for override in user_overrides() if key_of(override) in swept]
+    groups = (*TARGET_GROUPS, *RECIPES)
+    parts = [override.partition("=")[2] if key_of(override) in groups else override.lstrip("+") for override in own]
+    return " ".join(parts) or HydraConfig.get().job.override_dirname or task_name
+
+
+def _swept_keys() -> set[str]:
+    """The keys with several values on the sweep's own command line, which Hydra keeps in its folder."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        saved = OmegaConf.load(sweep_folder(HydraConfig.get()) / "multirun.yaml")
+        parts = list(saved.hydra.overrides.task)
+    except (OSError, AttributeError):
+        return set()
+    overrides = OverridesParser.create().parse_overrides(parts)
+    return {key_of(override.get_key_element()) for override in overrides if override.is_sweep_override()}
 
 
 def _conf(name: str) -> str:
