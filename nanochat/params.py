@@ -12,12 +12,13 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from nanochat.config.compose import compose
+from nanochat.config.vocabulary import plan_vocabulary
 from nanochat.console import Parser
 from nanochat.device import find_device
 from nanochat.export.gguf_tensors import mtp_heads
 from nanochat.optim import Optimizer
 from nanochat.reports.table import Table
-from nanochat.run import plan_vocabulary, settle
+from nanochat.run import settle
 from nanochat.training.module import NanoChatModule
 
 TQ2_0_BITS = 2.0625  # two bits a weight and a float16 scale for 256

@@ -9,7 +9,8 @@ import nanochat.cli
 from nanochat import params
 from nanochat.bench.measure import peak_extra_bytes
 from nanochat.config.compose import compose
-from nanochat.run import plan_vocabulary, settle, train
+from nanochat.config.vocabulary import plan_vocabulary
+from nanochat.run import settle, train
 from tests.runs import configure, read_metrics, words
 
 
