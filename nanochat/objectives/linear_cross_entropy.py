@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nanochat.model.autocast import product_dtype
+
 IGNORED = -100
 CPU_CHUNK = 256  # tokens; measured in float32: 128 and 512 are slower
 CPU_CHUNK_BYTES = 2**24  # of a chunk in bf16, which would otherwise leave the last-level cache
@@ -124,7 +126,7 @@ def linear_cross_entropy(
     """
     batch, length, _ = hidden.shape
     if chunk is None:
-        chunk = chunk_size(weight.shape[0], hidden.device, _product_dtype(hidden))
+        chunk = chunk_size(weight.shape[0], hidden.device, product_dtype(hidden))
     if selector is not None:
         chunk = max(1, chunk // length) * length
     if not torch.is_grad_enabled():
@@ -156,15 +158,10 @@ class _Options(NamedTuple):
     coefficient: Tensor | float
 
 
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options):
-        dtype = _product_dtype(hidden)
+        dtype = product_dtype(hidden)
         x, w = hidden.to(dtype), weight.to(dtype)  # (N, d), (V, d)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nanochat.model.attention as attention_module
 import nanochat.model.feedforward as feedforward_module
 from nanochat.model import GPT, GPTConfig
-from nanochat.model.attention import causal_attention
-from nanochat.model.compact_backward import QUERY_BLOCK, KeptRows, compact
+from nanochat.model.attention import QUERY_BLOCK, causal_attention
+from nanochat.model.compact_backward import KeptRows, compact
 from nanochat.model.hyper_connections import expand, reduce
 from nanochat.objectives import linear_cross_entropy
 
@@ -194,7 +194,6 @@ def test_accumulation_adds_up():
         assert torch.allclose(parameter.grad, parts[0][name] + parts[1][name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("streams", [1, 2])
 def test_bf16_autocast(streams, monkeypatch):
     gpt = network(replace(BASE, streams=streams)).float()
