@@ -8,34 +8,38 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from nanochat.model.compact_backward import row_function
+from torch.overrides import wrap_torch_function
 
 
 class _RMSNorm(torch.autograd.Function):
+    """Statistics, products and the gain's gradient in float32, whatever x is; the result is of x's dtype."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # (..., 1)
+        wide = x.float()
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()  # (..., 1)
         scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return torch.mul(x, scale).mul_(weight)
+        return torch.mul(wide, scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
+        dtype, x, gradient = x.dtype, x.float(), gradient.float()
         products = (gradient * x).reshape(-1, x.shape[-1])  # (N, d)
         # dx = s w g - x s^3 / d sum(w g x), dw = sum over rows of s g x
-        along = products.mv(weight).view_as(scale).mul_(scale.pow(3)).div_(x.shape[-1])
-        grad_weight = (scale.reshape(1, -1) @ products).view_as(weight)
-        return (gradient * weight).mul_(scale).addcmul_(x, along, value=-1.0), grad_weight, None
+        with torch.autocast(x.device.type, enabled=False):
+            along = products.mv(weight).view_as(scale).mul_(scale.pow(3)).div_(x.shape[-1])
+            grad_weight = (scale.reshape(1, -1) @ products).view_as(weight)
+        return (gradient * weight).mul_(scale).addcmul_(x, along, value=-1.0).to(dtype), grad_weight, None
 
 
-@row_function()
+@wrap_torch_function(lambda x, weight, eps: (x,))
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dimension (..., d)."""
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+    if x.device.type == "cpu" and weight.dtype == torch.float32 and x.dtype in (torch.float32, torch.bfloat16):
         return _RMSNorm.apply(x, weight, eps)  # type: ignore[return-value]
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)  # mixed dtypes have no fused kernel
 
 
 class RMSNorm(nn.Module):
