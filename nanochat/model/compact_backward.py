@@ -6,9 +6,9 @@ gradient back among zeros. Which tokens these are is decided between forward and
 arXiv:2502.00340).
 
 The network has no second listing for this. `function` is called with `Rows` in place of tensors, and every torch
-function that sees one is computed at once and noted on a tape. Functions decorated with `row_function` may bring a
-backward of their own (attention, in which tokens meet). All others must treat the tokens independently; their backward
-is torch's own, on the kept rows, with shortcuts for the frequent ones (`RULES`).
+function that sees one is computed at once and noted on a tape; so is a function of ours that is wrapped with
+`torch.overrides.wrap_torch_function`. Attention, in which tokens meet, has a backward here. All others must treat the
+tokens independently; their backward is torch's own, on the kept rows, with shortcuts for the frequent ones (`RULES`).
 
 Dropped tokens get no gradient, at any point: what flows from a kept token into the keys and values of a dropped one is
 thrown away. That is the one approximation.
@@ -16,7 +16,6 @@ thrown away. That is the one approximation.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import get_default_nowrap_functions
+
+from nanochat.model.attention import causal_attention
+from nanochat.model.bitlinear import int8_activation
+
+QUERY_BLOCK = 128  # kept queries at a time: their scores stay in the cache, and keys after the last of them are skipped
 
 
 class KeptRows:
@@ -151,7 +155,7 @@ class Tape:
         """Whether a gradient with this key is needed."""
         return key in self._wanted
 
-    def record(self, func: Callable, args: Any, kwargs: dict[str, Any], rule: Callable | None = None) -> Any:
+    def record(self, func: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
         """Compute a function of rows and note how its gradient is taken."""
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             out = func(*_map(args, _value), **kwargs)
@@ -166,7 +170,7 @@ class Tape:
             raise TypeError(f"{name} mixes the tokens: the compact backward needs (B, T, ...) at every step.")
         results = [self._rows(o, wanted) for o in outs]
         if wanted:
-            backward = (rule or RULES.get(func, _by_autograd))(self, func, args, kwargs, outs)
+            backward = RULES.get(func, _by_autograd)(self, func, args, kwargs, outs)
             self.nodes.append((backward, tuple(r.key for r in results)))
         return type(out)(results) if isinstance(out, (tuple, list)) else results[0]
 
@@ -293,7 +297,71 @@ def _reshape(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], outs
     return lambda tape, g: [(key, g.reshape(*g.shape[:2], *shape))]
 
 
+def _straight_through(
+    tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], outs: Any
+) -> Callable[..., Gradients]:
+    """Rounding: the gradient of the result is that of the argument."""
+    key = args[0].key
+    return lambda tape, g: [(key, g)]
+
+
+def _attention(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], outs: Any) -> Callable[..., Gradients]:
+    """Kept queries against all keys."""
+    keys = [tape.save(arg) for arg in args]
+
+    def backward(tape: Tape, g: Tensor) -> Gradients:
+        q, k, v = (tape.fetch(key, all_rows=i > 0) for i, key in enumerate(keys))
+        return zip(keys, kept_attention_backward(tape.kept, g, q, k, v), strict=True)
+
+    return backward
+
+
+def kept_attention_backward(
+    kept: KeptRows, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `causal_attention` at the kept tokens, from those of the kept queries.
+
+    gradient, q: (B, K, H, head_dim) of the kept tokens; k, v: (B, T, KV, head_dim) of all; returns the gradients of q,
+    k and v at the kept tokens. The scores are computed again, a block of queries at a time.
+    """
+    batch, count, _, head_dim = q.shape
+    length, groups = k.shape[1], k.shape[2]
+    if kept.positions is None:
+        positions = torch.arange(length, device=q.device).expand(batch, length)
+    else:
+        positions = kept.positions  # (B, K)
+    dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
+
+    def by_group(x: Tensor) -> Tensor:  # (B, S, n, head_dim) -> (B, KV, n / KV, S, head_dim)
+        return x.to(dtype).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+
+    q, gradient = by_group(q) * head_dim**-0.5, by_group(gradient)
+    k, v = (by_group(t).reshape(batch * groups, length, head_dim) for t in (k, v))
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros_like(t, dtype=torch.promote_types(dtype, torch.float32)) for t in (k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        for start in range(0, count, QUERY_BLOCK):
+            rows = slice(start, min(start + QUERY_BLOCK, count))
+            # the furthest key that a query of this block sees; on a GPU `.max()` would force a host sync
+            seen = int(positions[:, rows].max()) + 1 if q.device.type == "cpu" else length
+            future = torch.arange(seen, device=q.device) > positions[:, rows, None]  # (B, R, S)
+            qb, gb = (t[:, :, :, rows].reshape(batch * groups, -1, head_dim) for t in (q, gradient))  # (B KV, G R, hd)
+            kb, vb = k[:, :seen], v[:, :seen]
+            scores = torch.bmm(qb, kb.mT)  # (B KV, G R, S)
+            scores.view(batch, -1, rows.stop - start, seen).masked_fill_(future[:, None], -torch.inf)
+            p = torch.softmax(scores, -1)
+            dv[:, :seen] += torch.bmm(p.mT, gb)
+            ds = torch.ops.aten._softmax_backward_data(torch.bmm(gb, vb.mT), p, -1, dtype)
+            dk[:, :seen] += torch.bmm(ds.mT, qb)
+            dq[:, :, :, rows] = torch.bmm(ds, kb).view(batch, groups, -1, rows.stop - start, head_dim)
+    dq = dq.mul_(head_dim**-0.5).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (B, K, H, head_dim)
+    dk, dv = (kept.gather(t.view(batch, groups, length, head_dim).transpose(1, 2)) for t in (dk, dv))
+    return dq, dk, dv
+
+
 RULES: dict[Callable, Callable] = {
+    causal_attention: _attention,
+    int8_activation: _straight_through,
     F.linear: _linear,
     torch.Tensor.add: _add,
     torch.Tensor.__add__: _add,
@@ -303,44 +371,6 @@ RULES: dict[Callable, Callable] = {
     torch.Tensor.reshape: _reshape,
     torch.Tensor.view: _reshape,
 }
-
-
-def row_function(
-    backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
-    kept: tuple[int, ...] = (),
-    full: tuple[int, ...] = (),
-) -> Callable[[Callable], Callable]:
-    """Make a function of tensors one entry of the tape.
-
-    Args:
-        backward: `backward(kept_rows, gradient, *values)` gives a gradient of the kept rows for each argument that is
-            rows, in their order; None takes torch's, for a function that treats the tokens independently.
-        kept: positional arguments of which it reads the kept rows.
-        full: positional arguments of which it reads all rows. `values` are those of `kept`, then those of `full`.
-    """
-
-    def rule(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], outs: Any) -> Callable[..., Gradients]:
-        keys = [arg.key for arg in args if isinstance(arg, Rows)]
-        saved = [(tape.save(args[i]), i in full) for i in (*kept, *full)]
-
-        def run(tape: Tape, g: Tensor) -> Gradients:
-            assert backward is not None
-            values = [tape.fetch(key, all_rows) for key, all_rows in saved]
-            return zip(keys, backward(tape.kept, g, *values), strict=True)
-
-        return run
-
-    def decorate(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def call(*args: Any) -> Any:
-            tape = _tape_of(args)
-            return (
-                function(*args) if tape is None else tape.record(function, args, {}, rule if backward else _by_autograd)
-            )
-
-        return call
-
-    return decorate
 
 
 class _Splice(torch.autograd.Function):

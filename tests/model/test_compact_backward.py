@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import wrap_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanochat.model.attention as attention_module
 import nanochat.model.feedforward as feedforward_module
 from nanochat.model import GPT, GPTConfig
-from nanochat.model.attention import QUERY_BLOCK, causal_attention
-from nanochat.model.compact_backward import KeptRows, compact, row_function
+from nanochat.model.attention import causal_attention
+from nanochat.model.compact_backward import QUERY_BLOCK, KeptRows, compact
 from nanochat.model.hyper_connections import expand, reduce
 from nanochat.objectives import linear_cross_entropy
 
@@ -277,13 +278,13 @@ def test_attention_backward_against_dense_scores():
         assert (a - b * mask).norm() <= 1e-6 * b.norm()
 
 
-def test_any_row_function_goes_through_torchs_own_backward():
+def test_any_wrapped_function_goes_through_torchs_own_backward():
     source = torch.Generator().manual_seed(0)
     x, y = (torch.randn(2, 6, 4, generator=source, requires_grad=True) for _ in range(2))
     gain = torch.randn(4, generator=source, requires_grad=True)
     bias = torch.randn(4, generator=source, requires_grad=True)
 
-    @row_function()
+    @wrap_torch_function(lambda a: (a,))
     def swap(a):
         first, second = a.chunk(2, -1)
         return torch.cat((second, first), -1)
