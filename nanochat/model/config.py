@@ -66,7 +66,7 @@ class GPTConfig:
     value_embedding_width: int | None = None
     """numbers a token in each table, whole key/value heads; None: all of them"""
     value_gate: str = "static"
-    """static: a learned factor for each head, which exports; input: a sigmoid of the stream, which llama.cpp cannot run"""
+    """static: a learned factor for each head, which exports; input: a sigmoid of the stream, which does not"""
 
     streams: int = 1
     """residual streams (hyper-connections): 2 or 4; 1 is the plain residual"""
@@ -164,8 +164,8 @@ class GPTConfig:
         whole = self.n_kv_heads * self.head_dim
         if width is not None and (type(width) is not int or not 0 < width <= whole or width % self.head_dim):
             yield (
-                f"model.value_embedding_width={width!r} must be a multiple of the head's width {self.head_dim}, at most "
-                f"{whole} ({self.n_kv_heads} key/value heads)."
+                f"model.value_embedding_width={width!r} must be a multiple of the head's width {self.head_dim}, "
+                f"at most {whole} ({self.n_kv_heads} key/value heads)."
             )
         if self.streams > 1:
             yield f"model.value_embeddings={self.value_embeddings} does not work with mhc.streams={self.streams}."
@@ -194,6 +194,11 @@ class GPTConfig:
     def lane_width(self) -> int:
         """How much wider the residual stream of the exported file is: the tables of a static gate ride along there."""
         return self.value_embeddings * self.value_width if self.value_gate == "static" else 0
+
+    @property
+    def stream_width(self) -> int:
+        """width of the residual stream and its lane: what the norms take the mean square over"""
+        return self.dim + self.lane_width
 
     @property
     def head_dim(self) -> int:
