@@ -24,7 +24,7 @@ RULES: dict[str, Rule] = {rule.name: rule() for rule in _ALL}
 
 GROUP_KEYS = ("match", "ndim", "tied", "optional", "rule", "rate", "lr", "weight_decay")
 """keys of a group besides its rule's options"""
-TABLES = ("embedding", "tied_embedding", "head")
+TABLES = ("embedding", "tied_embedding", "head", "value_embedding")
 """groups that `embedding_state` speaks of"""
 
 
@@ -38,6 +38,7 @@ def build(
     head_lr: float | None = None,
     scalar_lr: float | None = None,
     hyper_lr: float | None = None,
+    value_embedding_lr: float | None = None,
     weight_decay: float = 0.0,
     weight_decay_schedule: str = "constant",
     embedding_state: str | None = None,
@@ -85,6 +86,7 @@ def build(
         "head_lr": head_lr,
         "scalar_lr": scalar_lr,
         "hyper_lr": hyper_lr,
+        "value_embedding_lr": value_embedding_lr,
     }
     rates = {k: number(lr if v is None else v, f"optim.{k}={v!r}") for k, v in rates.items()}
     shared = {
