@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,13 @@ def architecture(config: GPTConfig, nextn: int = 0) -> str:
         obstacles.append(f"model.activation={config.activation} (silu is needed)")
     if config.softcap:
         obstacles.append(f"model.softcap={config.softcap} (0 is needed)")
+    if config.value_embeddings and config.value_gate != "static":
+        obstacles.append(f"model.value_gate={config.value_gate} (static is needed)")
+    if config.sub_norm and config.value_embeddings:
+        obstacles.append(
+            f"model.sub_norm=true together with model.value_embeddings={config.value_embeddings} (bitnet's attention "
+            "is as wide as its stream)"
+        )
     if config.streams > 1:
         obstacles.append(f"mhc.streams={config.streams} (export with --to nanochat instead)")
     if config.sub_norm and config.qk_norm:
@@ -101,19 +109,24 @@ def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
         raise UserError(f"--type {kind} is unknown; choose one of {', '.join(TYPES)}.")
     if embedding_type not in EMBEDDING_TYPES:
         raise UserError(f"--embedding-type {embedding_type} is unknown; choose one of {', '.join(EMBEDDING_TYPES)}.")
-    if config.dim % BLOCK[embedding_type]:
+    width = f"model.dim is {config.dim}"
+    if config.lane_width:
+        lane = f"{config.value_embeddings} x model.value_embedding_width={config.value_width}"
+        width = f"model.dim={config.dim} and the lane of value embeddings ({lane}) make {config.stream_width}"
+    if config.stream_width % BLOCK[embedding_type]:
         raise UserError(
             f"--embedding-type {embedding_type} needs a width that is a multiple of {BLOCK[embedding_type]}, "
-            f"and model.dim is {config.dim}; use --embedding-type f16."
+            f"and {width}; use --embedding-type f16."
         )
     if kind not in TERNARY_TYPES:
         return
     if not config.ternary:
         raise UserError(f"--type {kind} is for ternary weights, and model.ternary=false; use --type f16 or f32.")
-    if config.dim % BLOCK[kind]:
-        smaller = [name for name in ("q2_0", "q4_0") if config.dim % BLOCK[name] == 0]
+    if config.dim % BLOCK[kind] or config.stream_width % BLOCK[kind]:
+        divisor = math.gcd(config.dim, config.stream_width)
+        smaller = [name for name in ("q2_0", "q4_0") if divisor % BLOCK[name] == 0]
         raise UserError(
-            f"--type {kind} needs a width that is a multiple of {BLOCK[kind]}, and model.dim is {config.dim}; "
+            f"--type {kind} needs a width that is a multiple of {BLOCK[kind]}, and {width}; "
             f"use --type {', '.join([*smaller, 'f16'])} or f32."
         )
     if config.weight_block % BLOCK[kind]:
@@ -134,7 +147,7 @@ def network_keys(config: GPTConfig, arch: str, kind: str, nextn: int = 0) -> dic
         **extra,
         "general.file_type": FILE_TYPES[kind],
         f"{arch}.context_length": config.seq_len,
-        f"{arch}.embedding_length": config.dim,
+        f"{arch}.embedding_length": config.stream_width,
         f"{arch}.block_count": config.n_layers + nextn,
         f"{arch}.feed_forward_length": padded_ffn(config, kind),
         f"{arch}.attention.head_count": config.n_heads,
@@ -295,6 +308,11 @@ def _notes(config: GPTConfig, arch: str, kind: str, embedding_type: str) -> list
         notes.append(
             "the embedding norm is folded into the table, so the tied output matrix is stored once more "
             f"({config.vocab_size} x {config.dim} in {embedding_type})"
+        )
+    if config.lane_width:
+        notes.append(
+            f"the value embeddings are a lane of {config.lane_width} beside the stream of {config.dim}; all columns "
+            "that read it are zeros but for the values'"
         )
     if padded_ffn(config, kind) != config.ffn_dim:
         notes.append(f"the feed-forward width {config.ffn_dim} is padded with zeros to {padded_ffn(config, kind)}")

@@ -101,8 +101,10 @@ def latent_weight(values: Tensor, block: int) -> Tensor:
 
 
 def _is_ternary(name: str, tensor: Tensor) -> bool:
-    """Whether a parameter is a matrix of a block; embedding, head and the maps of residual streams are not."""
-    return tensor.ndim == 2 and (".blocks." in name or ".mtp." in name) and "hyper_" not in name
+    """Whether a parameter is a matrix of a block; tables, head, gates and the maps of residual streams are not."""
+    return (
+        tensor.ndim == 2 and (".blocks." in name or ".mtp." in name) and "hyper_" not in name and ".value." not in name
+    )
 
 
 def _latent(exported: Exported, name: str, values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from nanochat.model.bitlinear import BitLinear, int8_activation
 from nanochat.model.config import GPTConfig
 from nanochat.model.norm import RMSNorm
 from nanochat.model.rotary import apply_rope
+from nanochat.model.value_embeddings import Lane, ValueEmbedding
 
 QUERY_BLOCK = 128  # queries at a time in plain products: their scores stay in the cache
 KEEP_LENGTH = 512  # longest sequence whose probabilities wait for the backward; of longer ones they are computed again
@@ -145,7 +146,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """The attention sub-layer: norm, q/k/v, head norms, RoPE, attention, output projection (no residual)."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig, layer: int, value_table: int | None = None) -> None:
         super().__init__()
         self.config, self.layer = config, layer
         d, head_dim = config.dim, config.head_dim
@@ -153,7 +154,7 @@ class Attention(nn.Module):
         def linear(inputs: int, outputs: int) -> BitLinear:
             return BitLinear(inputs, outputs, config.ternary, config.weight_block)
 
-        self.norm = RMSNorm(d, eps=config.norm_eps)
+        self.norm = RMSNorm(d, eps=config.norm_eps, width=config.stream_width)
         self.q = linear(d, config.n_heads * head_dim)
         self.k = linear(d, config.n_kv_heads * head_dim)
         self.v = linear(d, config.n_kv_heads * head_dim)
@@ -161,15 +162,25 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.sub_norm = RMSNorm(d, eps=config.norm_eps) if config.sub_norm else None
+        self.value = None if value_table is None else ValueEmbedding(config, value_table)
         self.int8 = config.activation_scale if config.ternary else "none"
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, lane: Lane | None = None
+    ) -> Tensor:
         """x: (B, T, d), cos and sin: (T, head_dim / 2) at x's positions; returns (B, T, d)."""
         head_dim = self.config.head_dim
-        h = int8_activation(self.norm(x), self.int8)  # (B, T, d)
+        scale: Tensor | None = None
+        if lane is None or lane.square is None:
+            h = self.norm(x)
+        else:
+            h, scale = self.norm.with_scale(x, lane.square)
+        h = int8_activation(h, self.int8)  # (B, T, d)
         q = self.q(h).unflatten(-1, (-1, head_dim))  # (B, T, H, head_dim)
         k = self.k(h).unflatten(-1, (-1, head_dim))  # (B, T, KV, head_dim)
         v = self.v(h).unflatten(-1, (-1, head_dim))
+        if self.value is not None and lane is not None:
+            v = self.value(v, x, lane.values, scale, self.int8)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)

@@ -26,7 +26,7 @@ from nanochat.optim.rules import find_rule
 from nanochat.optim.schedule import WEIGHT_DECAY_SCHEDULES
 
 Named = list[tuple[str, Tensor]]
-TABLES = ("embedding", "tied_embedding", "head")
+TABLES = ("embedding", "tied_embedding", "head", "value_embedding")
 """groups that `embedding_state` speaks of"""
 
 
