@@ -20,8 +20,11 @@ QUERY_BLOCK = 128  # kept queries at a time: their scores stay in the cache, and
 class KeyValueCache(Protocol):
     """What attention needs of a cache while decoding."""
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, T, n_kv_heads, head_dim) of a layer and return all of them so far (B, S, ...)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append k and v (B, T, n_kv_heads, head_dim) of a layer, and attend to all of them so far.
+
+        q: (B, T, n_heads, head_dim); returns (B, T, n_heads, head_dim). Rows may be of different lengths.
+        """
         ...
 
 
@@ -109,7 +112,7 @@ class Attention(nn.Module):
         self.int8 = config.activation_scale if config.ternary else "none"
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """x: (B, T, d), cos and sin: (T, head_dim / 2) at x's positions; returns (B, T, d)."""
+        """x: (B, T, d), cos and sin: ([B,] T, head_dim / 2) at x's positions; returns (B, T, d)."""
         head_dim = self.config.head_dim
         h = int8_activation(self.norm(x), self.int8)  # (B, T, d)
         q = self.q(h).unflatten(-1, (-1, head_dim))  # (B, T, H, head_dim)
@@ -118,9 +121,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        y = causal_attention(q, k, v).flatten(-2)  # (B, T, d)
+        y = causal_attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)
+        y = y.flatten(-2)  # (B, T, d)
         if self.sub_norm is not None:
             y = self.sub_norm(y)
         return self.o(int8_activation(y, self.int8))
