@@ -104,11 +104,8 @@ class Scheduler:
         """Whether a step would do anything."""
         return bool(self.waiting or self.running)
 
-    def submit(self, request: Request) -> None:
-        """Put a request into the queue.
-
-        Raises `UserError` for a prompt of no tokens, or one that leaves no room in the context.
-        """
+    def check(self, request: Request) -> None:
+        """Raises `UserError` for a prompt of no tokens, one that leaves no room in the context, or unknown tokens."""
         limit = self.backend.context
         if not request.prompt:
             raise UserError("a prompt of no tokens cannot be continued: the tokenizer has no document separator.")
@@ -116,6 +113,10 @@ class Scheduler:
             raise UserError(f"the prompt has {len(request.prompt)} tokens, and the context is {limit}.")
         if min(request.prompt) < 0 or max(request.prompt) >= self.backend.vocab_size:
             raise UserError(f"token ids must be from 0 to {self.backend.vocab_size - 1}.")
+
+    def submit(self, request: Request) -> None:
+        """Put a request into the queue, from any thread; raises what `check` raises."""
+        self.check(request)
         request.submitted = time.monotonic()
         self.waiting.append(request)
 
