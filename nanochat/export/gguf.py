@@ -42,6 +42,7 @@ from nanochat.export.packing import (
 from nanochat.export.vocabulary import Vocabulary, read_vocabulary
 from nanochat.files import replacing
 from nanochat.model.config import GPTConfig
+from nanochat.run_folder import read_chat_template
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "tq1_0": 36, "tq2_0": 37, "q2_0": 41}  # general.file_type, llama_ftype
 
@@ -280,6 +281,9 @@ def export_gguf(
     plans = plan_tensors(run.config, weights, arch, kind, embedding_type, nextn)
     vocabulary = read_vocabulary(run.folder / "tokenizer.json", run.config.vocab_size, run.tokenizer.eot_id)
     keys = metadata(run.config, kind, arch, vocabulary, model_card(run, name, licence), nextn)
+    template = read_chat_template(run.folder)
+    if template is not None:
+        keys["tokenizer.chat_template"] = template
     write_gguf(path, arch, keys, plans)
     parameters = sum(parameter.numel() for parameter in run.gpt.parameters())
     notes = _notes(run.config, arch, kind, embedding_type)

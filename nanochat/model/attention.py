@@ -24,8 +24,11 @@ KEEP_LENGTH = 512  # longest sequence whose probabilities wait for the backward;
 class KeyValueCache(Protocol):
     """What attention needs of a cache while decoding."""
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, T, n_kv_heads, head_dim) of a layer and return all of them so far (B, S, ...)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append k and v (B, T, n_kv_heads, head_dim) of a layer, and attend to all of them so far.
+
+        q: (B, T, n_heads, head_dim); returns (B, T, n_heads, head_dim). Rows may be of different lengths.
+        """
         ...
 
 
@@ -168,7 +171,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, lane: Lane | None = None
     ) -> Tensor:
-        """x: (B, T, d), cos and sin: (T, head_dim / 2) at x's positions; returns (B, T, d)."""
+        """x: (B, T, d), cos and sin: ([B,] T, head_dim / 2) at x's positions; returns (B, T, d)."""
         head_dim = self.config.head_dim
         scale: Tensor | None = None
         if lane is None or lane.square is None:
@@ -184,9 +187,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        y = causal_attention(q, k, v).flatten(-2)  # (B, T, d)
+        y = causal_attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)
+        y = y.flatten(-2)  # (B, T, d)
         if self.sub_norm is not None:
             y = self.sub_norm(y)
         return self.o(int8_activation(y, self.int8))

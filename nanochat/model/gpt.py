@@ -141,11 +141,11 @@ class GPT(nn.Module):
             x = F.rms_norm(x, (self.config.dim,), eps=self.config.norm_eps)
         return x
 
-    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None, start: int = 0) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None, start: int | Tensor = 0) -> Tensor:
         """The hidden states after the final norm.
 
-        tokens: (B, T) ids; start: position of the first token (the length of the cache); returns (B, T, d).
-        Raises `UserError` when the sequence is longer than the model's.
+        tokens: (B, T) ids; start: position of the first token (the length of the cache), or one for each row (B,);
+        returns (B, T, d). Raises `UserError` when a sequence is longer than the model's.
         """
         return self.trunk(self.embed(tokens), self.lane(tokens), cache, start)
 
@@ -153,12 +153,18 @@ class GPT(nn.Module):
         """The value embeddings of the tokens (B, T); None where the model has none."""
         return None if self.value_embedding is None else make_lane(self.value_embedding(tokens), self.config)
 
-    def trunk(self, x: Tensor, lane: Lane | None = None, cache: KeyValueCache | None = None, start: int = 0) -> Tensor:
+    def trunk(
+        self, x: Tensor, lane: Lane | None = None, cache: KeyValueCache | None = None, start: int | Tensor = 0
+    ) -> Tensor:
         """`hidden` from the tokens' embeddings (B, T, d) and their lane, as `embed` and `lane` give them."""
-        end = start + x.shape[1]
+        end = int(start if isinstance(start, int) else start.max()) + x.shape[1]
         if end > self.config.seq_len:
             raise UserError(f"a sequence of {end} tokens is longer than the model's {self.config.seq_len}.")
-        cos, sin = self.cos[start:end], self.sin[start:end]  # (T, head_dim / 2)
+        if isinstance(start, int):
+            cos, sin = self.cos[start:end], self.sin[start:end]  # (T, head_dim / 2)
+        else:
+            positions = start[:, None] + torch.arange(x.shape[1], device=start.device)  # (B, T)
+            cos, sin = self.cos[positions], self.sin[positions]  # (B, T, head_dim / 2)
         if self.config.streams > 1:
             x = expand(x, self.config.streams)  # (n, B, T, d)
         kept = self.kept_rows if torch.is_grad_enabled() else None
