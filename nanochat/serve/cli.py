@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanochat.console import Parser, count, count_or_zero, duration, one_of
+from nanochat.console import Parser, count, count_or_zero, one_of, seconds
 from nanochat.errors import UserError
 from nanochat.inference.cli import pick_device
 from nanochat.serve.models import BACKENDS, Settings, load_model
@@ -54,9 +54,9 @@ def parser() -> Parser:
     )
     add_loading(options, 4)
     options.add_argument("--queue", type=count_or_zero, default=256, help="requests that may wait (256)")
-    options.add_argument("--timeout", type=duration, default=600.0, help="seconds for an answer (600)")
+    options.add_argument("--timeout", type=seconds, default=600.0, help="seconds for an answer (600)")
     options.add_argument("--max-body", type=count, default=4 << 20, help="bytes of a request (4194304)")
-    options.add_argument("--grace", type=duration, default=30.0, help="seconds for running answers at the end (30)")
+    options.add_argument("--grace", type=seconds, default=30.0, help="seconds for running answers at the end (30)")
     options.add_argument("--log-requests", action="store_true", help="print a line for each request")
     return options
 

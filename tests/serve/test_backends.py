@@ -116,7 +116,7 @@ def test_what_llama_cpp_cannot_run_falls_to_ours(run, llama, tmp_path):
     values = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps({**values, "softcap": 15.0}))
     assert load_model(folder, Settings("auto", slots=1)).backend.name == "torch"
-    with pytest.raises(UserError, match="model.softcap=15"):
+    with pytest.raises(UserError, match=r"model\.softcap=15"):
         load_model(folder, Settings("llama.cpp"))
 
 
