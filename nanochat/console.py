@@ -16,16 +16,16 @@ class Parser(argparse.ArgumentParser):
     Args:
         verb: the words after `nanochat`.
         description: what `--help` says first.
-        json: with the option `--json`.
         repeats: default of `--repeats`; None leaves out the options of a timing, `--repeats` and `--threads`.
+        as_json: with `--json`.
     """
 
-    def __init__(self, verb: str, description: str | None, repeats: int | None = None, json: bool = True) -> None:
+    def __init__(self, verb: str, description: str | None, repeats: int | None = None, *, as_json: bool = True) -> None:
         super().__init__(prog=f"nanochat {verb}", description=description, allow_abbrev=False)
         if repeats is not None:
             self.add_argument("--repeats", type=count, default=repeats, help=f"rounds of each arm ({repeats})")
             self.add_argument("--threads", type=count, default=1, help="threads of torch (1)")
-        if json:
+        if as_json:
             self.add_argument("--json", action="store_true", help="print the figures as JSON")
 
     def error(self, message: str) -> NoReturn:
@@ -47,6 +47,14 @@ def _whole(text: str, low: int) -> int:
     if not text.isascii() or not text.isdigit() or not low <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least {low}")
     return int(text)
+
+
+def number(text: str) -> float:
+    """Option type: a finite number."""
+    value = _number(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} must be a number")
+    return value
 
 
 def seconds(text: str) -> float:

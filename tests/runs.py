@@ -19,7 +19,7 @@ TIMES = {"train/tokens_per_second", "train/data_wait"}
 TINY = [
     "model.dim=64", "model.n_layers=2", "model.n_heads=2", "model.n_kv_heads=2", "model.ffn_dim=128",
     "model.seq_len=32", "model.vocab_size=auto", "data=text", "tokenizer=byte", "data.batch_size=2",
-    "data.val_batch_size=2", "data.val_tokens=200", "trainer=cpu", "compile=false",
+    "data.val_batch_size=2", "data.val_tokens=200", "trainer=cpu", "trainer.precision=32-true", "compile=false",
 ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ _PROGRAMS = {
 
 def export_parser() -> Parser:
     """Options of `nanochat export`."""
-    options = Parser("export", "Write a trained model for other programs.", json=False)
+    options = Parser("export", "Write a trained model for other programs.", as_json=False)
     options.add_argument("run", help="run folder (outputs/latest) or .ckpt file")
     options.add_argument("--to", type=one_of(_PROGRAMS), default="gguf", help=f"format: {', '.join(_PROGRAMS)} (gguf)")
     options.add_argument(
@@ -91,7 +91,7 @@ def _print_report(report: ExportReport, programs: str) -> None:
 
 def verify_parser() -> Parser:
     """Options of `nanochat verify`."""
-    options = Parser("verify", "Check an exported file: structure, hash, and the same logits.", json=False)
+    options = Parser("verify", "Check an exported file: structure, hash, and the same logits.", as_json=False)
     options.add_argument("file", type=Path, help="GGUF file or safetensors folder")
     options.add_argument("--run", help="compare with this run")
     options.add_argument("--checkpoint", default="last", metavar="STEP", help="of the run: last, or a kept step")
@@ -119,7 +119,7 @@ def verify_main(argv: Sequence[str]) -> int:
 
 def import_parser() -> Parser:
     """Options of `nanochat import`."""
-    options = Parser("import", "Make a run folder from a file that nanochat exported.", json=False)
+    options = Parser("import", "Make a run folder from a file that nanochat exported.", as_json=False)
     options.add_argument("file", type=Path, help="GGUF file or safetensors folder")
     options.add_argument("--out", type=Path, help="run folder to make (outputs/imported-NAME)")
     options.add_argument("--force", action="store_true", help="replace an earlier import")

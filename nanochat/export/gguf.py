@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,9 @@ from nanochat.export.packing import (
     packed_bytes,
 )
 from nanochat.export.vocabulary import Vocabulary, read_vocabulary
+from nanochat.files import replacing
 from nanochat.model.config import GPTConfig
+from nanochat.run_folder import read_chat_template
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "tq1_0": 36, "tq2_0": 37, "q2_0": 41}  # general.file_type, llama_ftype
 
@@ -69,6 +71,13 @@ def architecture(config: GPTConfig, nextn: int = 0) -> str:
         obstacles.append(f"model.activation={config.activation} (silu is needed)")
     if config.softcap:
         obstacles.append(f"model.softcap={config.softcap} (0 is needed)")
+    if config.value_embeddings and config.value_gate != "static":
+        obstacles.append(f"model.value_gate={config.value_gate} (static is needed)")
+    if config.sub_norm and config.value_embeddings:
+        obstacles.append(
+            f"model.sub_norm=true together with model.value_embeddings={config.value_embeddings} (bitnet's attention "
+            "is as wide as its stream)"
+        )
     if config.streams > 1:
         obstacles.append(f"mhc.streams={config.streams} (export with --to nanochat instead)")
     if config.sub_norm and config.qk_norm:
@@ -101,19 +110,24 @@ def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
         raise UserError(f"--type {kind} is unknown; choose one of {', '.join(TYPES)}.")
     if embedding_type not in EMBEDDING_TYPES:
         raise UserError(f"--embedding-type {embedding_type} is unknown; choose one of {', '.join(EMBEDDING_TYPES)}.")
-    if config.dim % BLOCK[embedding_type]:
+    width = f"model.dim is {config.dim}"
+    if config.lane_width:
+        lane = f"{config.value_embeddings} x model.value_embedding_width={config.value_width}"
+        width = f"model.dim={config.dim} and the lane of value embeddings ({lane}) make {config.stream_width}"
+    if config.stream_width % BLOCK[embedding_type]:
         raise UserError(
             f"--embedding-type {embedding_type} needs a width that is a multiple of {BLOCK[embedding_type]}, "
-            f"and model.dim is {config.dim}; use --embedding-type f16."
+            f"and {width}; use --embedding-type f16."
         )
     if kind not in TERNARY_TYPES:
         return
     if not config.ternary:
         raise UserError(f"--type {kind} is for ternary weights, and model.ternary=false; use --type f16 or f32.")
-    if config.dim % BLOCK[kind]:
-        smaller = [name for name in ("q2_0", "q4_0") if config.dim % BLOCK[name] == 0]
+    if config.dim % BLOCK[kind] or config.stream_width % BLOCK[kind]:
+        divisor = math.gcd(config.dim, config.stream_width)
+        smaller = [name for name in ("q2_0", "q4_0") if divisor % BLOCK[name] == 0]
         raise UserError(
-            f"--type {kind} needs a width that is a multiple of {BLOCK[kind]}, and model.dim is {config.dim}; "
+            f"--type {kind} needs a width that is a multiple of {BLOCK[kind]}, and {width}; "
             f"use --type {', '.join([*smaller, 'f16'])} or f32."
         )
     if config.weight_block % BLOCK[kind]:
@@ -134,7 +148,7 @@ def network_keys(config: GPTConfig, arch: str, kind: str, nextn: int = 0) -> dic
         **extra,
         "general.file_type": FILE_TYPES[kind],
         f"{arch}.context_length": config.seq_len,
-        f"{arch}.embedding_length": config.dim,
+        f"{arch}.embedding_length": config.stream_width,
         f"{arch}.block_count": config.n_layers + nextn,
         f"{arch}.feed_forward_length": padded_ffn(config, kind),
         f"{arch}.attention.head_count": config.n_heads,
@@ -186,32 +200,29 @@ def write_gguf(path: Path, arch: str, keys: dict[str, Any], plans: list[TensorPl
     Raises `UserError` when the folder cannot be written or a tensor does not fit its type.
     """
     gguf = gguf_library()
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        writer = gguf.GGUFWriter(aside, arch)
-        for key, value in keys.items():
-            _add_key(writer, key, value)
-        for plan in plans:
-            size = packed_bytes(plan.shape, plan.type)
-            # any dtype but uint8: of bytes the library would work out the shape, from the types that it knows
-            writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.int8), size, raw_dtype=NUMBERS[plan.type])  # type: ignore[arg-type]
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for plan in plans:
-            try:
-                writer.write_tensor_data(pack(plan.values(), plan.type, plan.exact))
-            except UserError as error:
-                raise UserError(f"{plan.name}: {error}") from error
-        for file in writer.fout or []:
-            file.flush()
-            os.fsync(file.fileno())
-        writer.close()
-        aside.replace(path)
+        with replacing(path) as aside:
+            _write(gguf.GGUFWriter(aside, arch), keys, plans)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        aside.unlink(missing_ok=True)
+
+
+def _write(writer: Any, keys: dict[str, Any], plans: list[TensorPlan]) -> None:
+    for key, value in keys.items():
+        _add_key(writer, key, value)
+    for plan in plans:
+        size = packed_bytes(plan.shape, plan.type)
+        # any dtype but uint8: of bytes the library would work out the shape, from the types that it knows
+        writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.int8), size, raw_dtype=NUMBERS[plan.type])  # type: ignore[arg-type]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for plan in plans:
+        try:
+            writer.write_tensor_data(pack(plan.values(), plan.type, plan.exact))
+        except UserError as error:
+            raise UserError(f"{plan.name}: {error}") from error
+    writer.close()
 
 
 def _add_key(writer, key: str, value: Any) -> None:
@@ -270,6 +281,9 @@ def export_gguf(
     plans = plan_tensors(run.config, weights, arch, kind, embedding_type, nextn)
     vocabulary = read_vocabulary(run.folder / "tokenizer.json", run.config.vocab_size, run.tokenizer.eot_id)
     keys = metadata(run.config, kind, arch, vocabulary, model_card(run, name, licence), nextn)
+    template = read_chat_template(run.folder)
+    if template is not None:
+        keys["tokenizer.chat_template"] = template
     write_gguf(path, arch, keys, plans)
     parameters = sum(parameter.numel() for parameter in run.gpt.parameters())
     notes = _notes(run.config, arch, kind, embedding_type)
@@ -298,6 +312,11 @@ def _notes(config: GPTConfig, arch: str, kind: str, embedding_type: str) -> list
         notes.append(
             "the embedding norm is folded into the table, so the tied output matrix is stored once more "
             f"({config.vocab_size} x {config.dim} in {embedding_type})"
+        )
+    if config.lane_width:
+        notes.append(
+            f"the value embeddings are a lane of {config.lane_width} beside the stream of {config.dim}; all columns "
+            "that read it are zeros but for the values'"
         )
     if padded_ffn(config, kind) != config.ffn_dim:
         notes.append(f"the feed-forward width {config.ffn_dim} is padded with zeros to {padded_ffn(config, kind)}")
