@@ -18,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from nanochat.config.check import check
 from nanochat.config.compose import plain_values
 from nanochat.data import DataModule
-from nanochat.device import default_precision, find_device
+from nanochat.device import default_precision, find_device, has_int8_products
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
+from nanochat.model.config import int8_fits
 from nanochat.reports.card import Report
 from nanochat.training.callbacks.base import PendingValidation
 from nanochat.training.callbacks.guard import NonFiniteError
@@ -119,6 +120,9 @@ def settle(plain: dict[str, Any]) -> dict[str, Any]:
         trainer["accelerator"] = device.type
     if trainer.get("precision") == "auto":
         trainer["precision"] = default_precision(device)
+    model = plain.get("model") or {}
+    if model.get("int8") == "auto":
+        model["int8"] = int8_fits(model) and has_int8_products(device)
     if plain.get("compile", "auto") == "auto":
         plain["compile"] = device.type == "cuda"
     return plain

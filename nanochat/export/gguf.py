@@ -109,7 +109,7 @@ def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
             f"--type {kind} needs a width that is a multiple of {BLOCK[kind]}, and model.dim is {config.dim}; "
             f"use --type {'q4_0, ' if config.dim % 32 == 0 and kind != 'q4_0' else ''}f16 or f32."
         )
-    if config.weight_block % BLOCK[kind]:
+    if config.weight_block != "row" and int(config.weight_block) % BLOCK[kind]:
         raise UserError(
             f"--type {kind} has one scale for every {BLOCK[kind]} weights, and model.weight_block is "
             f"{config.weight_block}; use --type f16 or f32."

@@ -23,7 +23,7 @@ class Step:
     hidden: Tensor
     """(B, T, d), after the final norm"""
     embedded: Tensor
-    """(B, T, d), of the tokens: what another term reads of it adds to one gradient of the table"""
+    """(B, T, d), the token embeddings, shared with MTP"""
     step: int = 0
     """optimizer steps done before this micro-batch"""
     max_steps: int = 1
