@@ -15,29 +15,31 @@ from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from nanochat.config.check import check
-from nanochat.config.compose import plain_values
+from nanochat.config.check import Checked, check
+from nanochat.config.features import feature_nodes
+from nanochat.config.vocabulary import build_data, fit_vocabulary
 from nanochat.data import DataModule
 from nanochat.device import default_precision, find_device, has_int8_products
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.model.config import int8_fits
-from nanochat.reports.card import Report
-from nanochat.training.callbacks.base import PendingValidation
+from nanochat.reports.card import RunReport
 from nanochat.training.callbacks.guard import NonFiniteError
+from nanochat.training.callbacks.pending_validation import PendingValidation
 from nanochat.training.callbacks.progress import ProgressBar
 from nanochat.training.callbacks.time_limit import TimeLimit
-from nanochat.training.module import NanoChatModule, feature_nodes, model_config
+from nanochat.training.checkpoint_io import WholeFileIO
+from nanochat.training.module import NanoChatModule, model_config
 from nanochat.training.resume import anchor_paths, check_resume, checkpoint_to_resume
 
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
+def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, float]:
     """Train what the configuration says; everything of the run lands in its folder.
 
     Args:
-        cfg: the composed configuration.
+        cfg: the composed configuration, or what `check` made of it.
         folder: the run's folder; by default the one that Hydra made.
 
     Returns:
@@ -48,38 +50,40 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
             cannot be used.
         SystemExit: 130 or 143, when a signal ended the run after it was saved.
     """
-    check(cfg)
+    checked = cfg if isinstance(cfg, Checked) else check(cfg)
     quieten()
+    for warning in checked.warnings:
+        log.warning("%s", warning)
     folder = Path(HydraConfig.get().runtime.output_dir) if folder is None else Path(folder)
-    plain = settle(plain_values(cfg))
+    plain = settle(checked.values)
     lightning.seed_everything(plain["seed"], verbose=False)
 
     data = build_data(plain)
-    data.prepare_data()
+    data.setup("fit")
     fit_vocabulary(plain, data)
     model_config(plain)  # an impossible network is refused before anything is written
     checkpoint = checkpoint_to_resume(folder, plain["ckpt_path"])
     if checkpoint is not None:
         check_resume(checkpoint, plain)
-    write_run_files(folder, cfg, plain, data)
+    write_run_files(folder, plain, data)
 
-    report = Report(folder, plain, data)
+    report = RunReport(folder, plain, data)
     trainer: Trainer | None = None
     loggers: list[Any] = []
+    rate_scale = 1.0
     try:
         loggers = build_loggers(plain)
         while True:
-            module = NanoChatModule(plain)
+            module = NanoChatModule(plain, rate_scale)
             trainer = build_trainer(plain, folder, loggers)
             try:
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
                 break
             except NonFiniteError as error:
-                plain["rate_scale"] = error.next_rate_scale(plain.get("rate_scale", 1.0))
+                rate_scale = error.next_rate_scale(module.rate_scale)
                 checkpoint = checkpoint_to_resume(folder, "auto") or checkpoint
                 log.warning("%s Going back to %s, with half the rates.", error, checkpoint or "the start")
                 data = build_data(plain)
-                data.prepare_data()
         if trainer.enable_validation and module.validated_at != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
         return report.finish(trainer, module)
@@ -102,14 +106,6 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
-def build_data(plain: dict[str, Any]) -> DataModule:
-    """The data with its tokenizer.
-
-    In two calls, since Hydra would turn the tokenizer's specification, a dataclass, into a dictionary.
-    """
-    return instantiate(plain["data"], _partial_=True, _convert_="all")(tokenizer=instantiate(plain["tokenizer"]))
-
-
 def settle(plain: dict[str, Any]) -> dict[str, Any]:
     """Decide every `auto` from the machine, and every relative path from the working folder."""
     plain = anchor_paths(plain)
@@ -128,43 +124,16 @@ def settle(plain: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def plan_vocabulary(plain: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with a number for a vocabulary of `auto`, for what works without the tokenizer itself."""
-    if plain["model"]["vocab_size"] == "auto":
-        return {**plain, "model": {**plain["model"], "vocab_size": build_data(plain).planned_vocab_size}}
-    return plain
-
-
-def fit_vocabulary(plain: dict[str, Any], data: DataModule) -> None:
-    """Give a model of vocabulary `auto` the tokenizer's; refuse a model that is too small for its tokenizer."""
-    size, model = data.vocab_size, plain["model"]
-    if model["vocab_size"] == "auto":
-        model["vocab_size"] = size
-    elif size > model["vocab_size"]:
-        raise UserError(
-            f"the tokenizer has {size} tokens, the model only model.vocab_size={model['vocab_size']}; "
-            "make the tokenizer smaller (tokenizer.vocab_size) or say model.vocab_size=auto."
-        )
-    elif size < model["vocab_size"] and size >= plain["tokenizer"].get("vocab_size", 0):
-        # where the text was too small for the tokenizer's size, the data has said so
-        log.warning(
-            "The tokenizer has %d of the model's %d tokens; the rest of the head stays unused "
-            "(model.vocab_size=auto takes the tokenizer's).",
-            size,
-            model["vocab_size"],
-        )
-
-
-def write_run_files(folder: Path, cfg: DictConfig, plain: dict[str, Any], data: DataModule) -> None:
+def write_run_files(folder: Path, plain: dict[str, Any], data: DataModule) -> None:
     """config.yaml, tokenizer.json and model.json.
 
-    A resume keeps config.yaml but for the run's length: a run that was extended and then interrupted goes on to its
-    new end, with the rates of the new length.
+    A resume keeps config.yaml but for the run's length: a run that was extended and then interrupted trains to its new
+    end, with the rates of the new length.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "config.yaml"
-        resolved = OmegaConf.create({k: v for k, v in plain.items() if k in cfg})
+        resolved = OmegaConf.create({k: v for k, v in plain.items() if k != "rate_scale"})
         if path.exists():
             resolved, length = OmegaConf.load(path), resolved.trainer.max_steps
             resolved.trainer.max_steps = length
@@ -178,20 +147,21 @@ def write_run_files(folder: Path, cfg: DictConfig, plain: dict[str, Any], data: 
 
 def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any]) -> Trainer:
     """The Trainer with the configured callbacks, and the features that are callbacks."""
-    nodes = {**(plain.get("callbacks") or {}), **feature_nodes(plain, Callback)}
+    nodes = [*(plain.get("callbacks") or {}).values(), *feature_nodes(plain, Callback).values()]
     options = dict(plain["trainer"])
     bar, limit = options.pop("enable_progress_bar", True), options.pop("max_time", None)
     if isinstance(options.get("val_check_interval"), int):
         # Lightning counts micro-batches; ours are optimizer steps
         options["val_check_interval"] *= options.get("accumulate_grad_batches", 1)
-    callbacks = [instantiate(node) for node in nodes.values() if node]
+    callbacks = [instantiate(node) for node in nodes if node]
     if not bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    # the time limit comes before what saves, the validation to make up for after what records it
+    # the time limit comes before what saves, a pending validation after what records it
     callbacks = [*([TimeLimit(limit)] if limit else []), *callbacks, PendingValidation()]
     return instantiate(
         options,
         callbacks=callbacks,
+        plugins=[*(options.pop("plugins", None) or []), WholeFileIO()],
         logger=loggers or False,
         default_root_dir=str(folder),
         enable_checkpointing=False,
@@ -227,7 +197,7 @@ def build_loggers(plain: dict[str, Any]) -> list[Any]:
 def clean_up(loggers: list[Any]) -> None:
     """Leave nothing of this run behind for the next job of a sweep, which shares the process.
 
-    What goes wrong is only logged: the run's own end, its error above all, is what its caller has to hear of.
+    Only log what goes wrong: the run's own exception must propagate.
     """
     for logger in loggers:
         if type(logger).__name__ == "WandbLogger":
@@ -236,7 +206,7 @@ def clean_up(loggers: list[Any]) -> None:
             except Exception as error:
                 reason = " ".join(str(error).split())
                 log.warning("Weights & Biases could not be closed (%s: %s).", type(error).__name__, reason[:200])
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

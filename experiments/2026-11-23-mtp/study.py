@@ -8,9 +8,9 @@ import torch
 from omegaconf import OmegaConf
 
 from nanochat.checkpoint import load_run
+from nanochat.config.vocabulary import build_data
 from nanochat.inference import Sampling, generate_tokens, inference_copy
 from nanochat.inference.speculative import Speculator, heads_of
-from nanochat.run import build_data
 from nanochat.studies.cli import study, study_parser
 from nanochat.studies.runner import Result
 
@@ -26,7 +26,7 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 96
 def validation_prompts(result: Result) -> list[list[int]]:
     """Beginnings of validation sequences."""
     data = build_data(OmegaConf.to_container(OmegaConf.load(result.folder / "config.yaml")))
-    data.prepare_data()
+    data.setup()
     data.setup("validate")
     prompts: list[list[int]] = []
     for batch in data.val_dataloader():

@@ -15,6 +15,7 @@ from nanochat.model.bitlinear import BitLinear, project
 from nanochat.model.config import GPTConfig
 from nanochat.model.norm import RMSNorm
 from nanochat.model.rotary import apply_rope
+from nanochat.model.value_embeddings import Lane, ValueEmbedding
 
 QUERY_BLOCK = 128  # queries at a time in plain products: their scores stay in the cache
 KEEP_LENGTH = 512  # longest sequence whose probabilities wait for the backward; of longer ones they are computed again
@@ -23,8 +24,11 @@ KEEP_LENGTH = 512  # longest sequence whose probabilities wait for the backward;
 class KeyValueCache(Protocol):
     """What attention needs of a cache while decoding."""
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, T, n_kv_heads, head_dim) of a layer and return all of them so far (B, S, ...)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append k and v (B, T, n_kv_heads, head_dim) of a layer, and attend to all of them so far.
+
+        q: (B, T, n_heads, head_dim); returns (B, T, n_heads, head_dim). Rows may be of different lengths.
+        """
         ...
 
 
@@ -145,12 +149,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """The attention sub-layer: norm, q/k/v, head norms, RoPE, attention, output projection (no residual)."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig, layer: int, value_table: int | None = None) -> None:
         super().__init__()
         self.config, self.layer = config, layer
         d, head_dim = config.dim, config.head_dim
 
-        self.norm = RMSNorm(d, eps=config.norm_eps)
+        self.norm = RMSNorm(d, eps=config.norm_eps, width=config.stream_width)
         self.q = BitLinear(d, config.n_heads * head_dim, config)
         self.k = BitLinear(d, config.n_kv_heads * head_dim, config)
         self.v = BitLinear(d, config.n_kv_heads * head_dim, config)
@@ -158,18 +162,27 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.sub_norm = RMSNorm(d, eps=config.norm_eps) if config.sub_norm else None
+        self.value = None if value_table is None else ValueEmbedding(config, value_table)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """x: (B, T, d), cos and sin: (T, head_dim / 2) at x's positions; returns (B, T, d)."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, lane: Lane | None = None
+    ) -> Tensor:
+        """x: (B, T, d), cos and sin: ([B,] T, head_dim / 2) at x's positions; returns (B, T, d)."""
         head_dim = self.config.head_dim
+        scale: Tensor | None = None
+        if lane is None or lane.square is None:
+            h = self.norm(x)
+        else:
+            h, scale = self.norm.with_scale(x, lane.square)
         # (B, T, H, head_dim), and twice (B, T, KV, head_dim)
-        q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in project(self.norm(x), self.q, self.k, self.v))
+        q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in project(h, self.q, self.k, self.v))
+        if self.value is not None and lane is not None:
+            v = self.value(v, x, lane.values, scale, self.v.activation_scale)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        y = causal_attention(q, k, v).flatten(-2)  # (B, T, d)
+        y = causal_attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)
+        y = y.flatten(-2)  # (B, T, d)
         if self.sub_norm is not None:
             y = self.sub_norm(y)
         return self.o(y)
