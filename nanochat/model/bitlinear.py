@@ -141,8 +141,13 @@ class BitLinear(nn.Module):
     """A matrix of a block: `y = x @ w_q.T`, without bias; `project` applies one or more of them.
 
     The gradient with respect to x uses w_q, the one with respect to the weight uses x as it was rounded to int8.
-    While training, the trits are kept (a byte a weight) until the weight changes: micro-batches share them.
+
+    `keep_trits` makes the micro-batches of a step share the trits (a byte a weight): they are made again when the
+    weight's version counter has moved. That is for a training loop to switch on, whose optimizer moves the counter:
+    torch's fused ones do not.
     """
+
+    keep_trits = False
 
     def __init__(self, inputs: int, outputs: int, config: GPTConfig | None = None) -> None:
         super().__init__()
@@ -156,15 +161,11 @@ class BitLinear(nn.Module):
     def quantised(self) -> tuple[Tensor, Tensor]:
         """(trits, scales): int8 (out, in), and float32 as `ternarise` gives them."""
         weight, kept = self.weight, self._kept
-        # nothing is kept where nothing is trained; a compiled block makes them within its kernels
-        keep = torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling()
-        if not keep and (kept is None or torch.compiler.is_compiling() or weight.is_inference()):
+        # a compiled block makes them within its kernels
+        if not self.keep_trits or torch.compiler.is_compiling():
             return self._quantise()
         if kept is None or kept.weight() is not weight or kept.version != weight._version:
-            quantised = self._quantise()
-            if not keep:
-                return quantised
-            kept = self._kept = _Quantised(*quantised, weakref.ref(weight), weight._version)
+            kept = self._kept = _Quantised(*self._quantise(), weakref.ref(weight), weight._version)
         return kept.trits, kept.scales
 
     def _quantise(self) -> tuple[Tensor, Tensor]:
@@ -190,11 +191,18 @@ class BitLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": None}  # copies and pickles make their own
+        return {k: v for k, v in self.__dict__.items() if k != "keep_trits"} | {"_kept": None}  # copies keep nothing
 
     def extra_repr(self) -> str:
         kind = f"ternary, block={self.block}{', int8' if self.int8 else ''}" if self.ternary else "float"
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {kind}"
+
+
+def keep_trits(module: nn.Module, on: bool) -> None:
+    """Let every ternary matrix below a module keep its trits until its weight changes, or forget them."""
+    for child in module.modules():
+        if isinstance(child, BitLinear):
+            child.keep_trits, child._kept = on, None
 
 
 def project(x: Tensor, *linears: BitLinear) -> tuple[Tensor, ...]:
