@@ -42,7 +42,7 @@ def build_loggers(plain: dict[str, Any], folder: Path) -> list[Any]:
         wandb = str(node["_target_"]).endswith(".WandbLogger")
         try:
             if wandb and in_sweep():
-                os.environ.setdefault("WANDB_SILENT", "true")  # its client reads it once
+                _silence_wandb()
             if str(node["_target_"]).endswith(".MLFlowLogger"):
                 # MLflow 3 refuses its store of files without this; the other one needs a database's packages
                 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -75,6 +75,14 @@ def build_loggers(plain: dict[str, Any], folder: Path) -> list[Any]:
 def is_wandb(logger: Any) -> bool:
     """Whether a logger is Lightning's for Weights & Biases."""
     return type(logger).__name__ == "WandbLogger"
+
+
+def _silence_wandb() -> None:
+    """Keep the client's remarks, some ten lines for each job, out of a sweep's output."""
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")  # for the client, which reads it when it starts
+    wandb.termsetup(wandb.Settings(silent=True), None)  # until then
 
 
 class _Forgiving:
