@@ -36,13 +36,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def running(run):
-    """Two models; the first one's steps take 15 ms, so that an answer can be seen growing."""
+    """Two models; the first one's steps take 8 ms, so that an answer can be seen growing."""
     models = lambda: [load_model(run, Settings("torch", slots=2), name) for name in ("little", "other")]  # noqa: E731
     with serve(models, ServerSettings(grace=1.0)) as running:
         step = running.engine.scheduler.step
 
         def slower():
-            time.sleep(0.015)
+            time.sleep(0.008)
             step()
 
         running.engine.scheduler.step = slower
