@@ -32,8 +32,8 @@ from nanochat.reports.table import show
 from nanochat.serve.client import Place, request, server_process, stream
 from nanochat.serve.models import BACKENDS
 
-PROMPTS = 12
-TOKENS = 24  # of an honest answer
+PROMPTS = 8
+TOKENS = 16  # of an honest answer
 RUBBISH = (
     b"{",
     b"[]",
