@@ -114,6 +114,8 @@ def main(argv: Sequence[str]) -> int:
                 f"{model.backend.context} tokens{'' if model.is_chat else ', a base model: it continues text'}",
                 file=sys.stderr,
             )
+            if model.note:
+                print(f"  note: {model.note}", file=sys.stderr)
         shown = f"[{host}]" if ":" in host else host
         print(f"nanochat is at http://{shown}:{port}", file=sys.stderr, flush=True)
         return models

@@ -115,9 +115,22 @@ def test_what_llama_cpp_cannot_run_falls_to_ours(run, llama, tmp_path):
     folder = shutil.copytree(run, tmp_path / "copy")
     values = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps({**values, "softcap": 15.0}))
-    assert load_model(folder, Settings("auto", slots=1)).backend.name == "torch"
+    model = load_model(folder, Settings("auto", slots=1))
+    assert model.backend.name == "torch"
+    assert "model.softcap=15" in model.note
     with pytest.raises(UserError, match=r"model\.softcap=15"):
         load_model(folder, Settings("llama.cpp"))
+
+
+def test_a_run_folder_that_cannot_be_written(run, llama, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(folder / "serve", ignore_errors=True)
+    (folder / "serve").write_text("in the way")
+    path = cached_gguf(load_run(folder))
+    assert folder not in path.parents
+    model = load_model(folder, Settings("auto", slots=1))
+    assert model.backend.name == "llama.cpp"
+    model.backend.close()
 
 
 def test_our_own_files(run, tmp_path):

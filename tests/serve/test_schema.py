@@ -35,7 +35,7 @@ def test_every_operation(schema, path, mode):
 
     @given(case=schema[path][OPERATIONS[path]].as_strategy(generation_mode=mode))
     @settings(
-        max_examples=10,
+        max_examples=6,
         deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
