@@ -236,7 +236,7 @@ def _add_information(app: FastAPI, server: Server) -> None:
         server.engine(None)
         return {"object": "list", "data": [describe(engine) for engine in server.engines.values()]}
 
-    @app.get("/v1/models/{name}", responses=documented(404, 503, *ALWAYS))
+    @app.get("/v1/models/{name:path}", responses=documented(404, 503, *ALWAYS))
     async def model(name: str) -> dict[str, Any]:
         """One model."""
         return describe(server.engine(name))

@@ -122,11 +122,14 @@ def test_a_slot_is_free_in_the_step_after_its_request_ends_or_is_cancelled():
     scheduler.submit(waiting.request)
     scheduler.step()
     assert (third.reason, len(third.tokens), len(waiting.tokens)) == ("cancelled", 1, 1)
-    gone = Answer([5], 2)
+    fourth, gone = Answer([5], 30), Answer([6], 2)
+    for answer in (fourth, gone):
+        scheduler.submit(answer.request)
     gone.request.cancelled = True
-    scheduler.submit(gone.request)
+    scheduler.step()
+    assert gone.reason == "cancelled"  # without waiting for a slot
     scheduler.run()
-    assert (gone.reason, long.reason) == ("cancelled", "length")
+    assert (fourth.reason, long.reason) == ("length", "length")
 
 
 def test_the_next_turn_reads_only_what_is_new():

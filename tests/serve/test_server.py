@@ -103,7 +103,7 @@ def test_unknown_fields_are_ignored_and_truncation_is_on_request(url):
 
 def test_keys(run, tmp_path):
     def load():
-        return [load_model(run, Settings("torch", slots=1), name) for name in ("a", "b")]
+        return [load_model(run, Settings("torch", slots=1), name) for name in ("a", "b/c")]
 
     with serve(load, ServerSettings(keys=[b"first", "schlüssel".encode()], origins=["https://a.example"])) as running:
         models = f"{running.url}/v1/models"
@@ -116,8 +116,9 @@ def test_keys(run, tmp_path):
         assert httpx.get(running.url).status_code == 200
         assert httpx.get(f"{running.url}/metrics").status_code == 401
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="first", max_retries=0)
-        assert [model.id for model in client.models.list()] == ["a", "b"]
-        assert client.completions.create(model="b", prompt="one", max_tokens=2).model == "b"
+        assert [model.id for model in client.models.list()] == ["a", "b/c"]
+        assert client.completions.create(model="b/c", prompt="one", max_tokens=2).model == "b/c"
+        assert client.models.retrieve("b/c").id == "b/c"
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{running.url}/v1", api_key="second", max_retries=0).models.list()
         # another page's script may read answers only where it was asked for
