@@ -193,7 +193,8 @@ async def load(place: Place, lasting: float, clients: int, stopped: int, seed: i
         tasks.create_task(watch())
         tasks.create_task(stop_and_continue(stopped, end, draw, found))
     await asyncio.sleep(1.0)
-    return found, before, await lone(place)
+    # a neighbour on the machine may disturb one of them
+    return found, before, min([await lone(place) for _ in range(3)])
 
 
 async def lone(place: Place) -> float:

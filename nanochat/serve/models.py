@@ -15,7 +15,7 @@ from nanochat.checkpoint import Run, load_run
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import UserError
 from nanochat.export import llama_cpp
-from nanochat.export.gguf import architecture, check_type, export_gguf
+from nanochat.export.gguf import architecture, default_type, export_gguf
 from nanochat.export.gguf_reader import GGUFFile
 from nanochat.export.gguf_tensors import OWN
 from nanochat.inference.engine import inference_copy
@@ -107,15 +107,8 @@ def cached_gguf(run: Run) -> Path:
     It lies in the run folder under `serve/`; where that cannot be written, in a temporary folder. Raises
     `UserError` when llama.cpp cannot run the network.
     """
-    config = run.config
-    architecture(config)
-    kind = "f16"
-    if config.ternary:
-        try:
-            check_type(config, "tq2_0", "q8_0")
-            kind = "tq2_0"
-        except UserError:
-            kind = "f32"
+    architecture(run.config)
+    kind = default_type(run.config)
     state = run.checkpoint.stat()
     tokenizer = (run.folder / "tokenizer.json").read_bytes()
     template = template_of(run.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -83,6 +84,22 @@ def test_random_arrivals_give_the_tokens_of_recomputing_every_prefix(seed):
     for answer in answers:
         assert answer.ids == recompute(gpt, answer.request.prompt, answer.request.max_tokens)
         assert answer.reason == "length"
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{"streams": 2, "stream_maps": "dynamic"}, {"value_embeddings": 2, "value_gate": "input"},
+     {"sub_norm": True, "qk_norm": False, "tied": True}, {"softcap": 5.0, "activation": "relu2"}],
+    ids=lambda variant: next(iter(variant)),
+)  # fmt: skip
+def test_every_kind_of_network(variant):
+    gpt = random_gpt(dataclasses.replace(SMALL, **variant)).double()
+    answers = run(
+        TorchBackend(inference_copy(gpt), slots=2),
+        *(Answer([7 * i + j for j in range(1 + 4 * i)], 8) for i in range(4)),
+    )
+    for answer in answers:
+        assert answer.ids == recompute(gpt, answer.request.prompt, 8)
 
 
 def test_in_float32_a_request_gets_bit_for_bit_what_it_gets_alone():

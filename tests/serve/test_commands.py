@@ -72,9 +72,13 @@ def test_serve_from_the_command_line_until_it_is_told_to_stop(run, tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stderr is not None
-        lines = [process.stderr.readline() for _ in range(2)]
-        assert "with torch, 4 x 256 tokens, a base model" in lines[0]
-        url = lines[1].split()[-1]
+        lines = []
+        while not lines or not lines[-1].startswith("nanochat is at"):
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+        assert "me: " in lines[-2]
+        assert "with torch, 4 x 256 tokens, a base model" in lines[-2]
+        url = lines[-1].split()[-1]
         assert url.startswith("http://127.0.0.1:")
         end = time.monotonic() + 10
         while httpx.get(f"{url}/health").status_code != 200:

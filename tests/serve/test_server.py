@@ -130,7 +130,7 @@ def test_keys(run, tmp_path):
 
 
 def test_limits_of_body_queue_and_time(run):
-    settings = ServerSettings(max_body=1000, body_timeout=0.3, timeout=0.5, max_waiting=1, grace=0.5)
+    settings = ServerSettings(max_body=1000, body_timeout=0.3, timeout=1.0, max_waiting=1, grace=0.5)
     with serve(lambda: [load_model(run, Settings("torch", slots=1))], settings) as running:
         url = f"{running.url}/v1/completions"
         slow_down(running, 0.02)
