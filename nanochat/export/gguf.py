@@ -219,7 +219,7 @@ def _write(writer: Any, keys: dict[str, Any], plans: list[TensorPlan]) -> None:
     for plan in plans:
         size = packed_bytes(plan.shape, plan.type)
         # any dtype but uint8: of bytes the library would work out the shape, from the types that it knows
-        writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.int8), size, raw_dtype=NUMBERS[plan.type])
+        writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.int8), size, raw_dtype=NUMBERS[plan.type])  # type: ignore[arg-type]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
