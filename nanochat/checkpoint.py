@@ -7,7 +7,11 @@ own (an MTP head) under `objectives.`. Neither Hydra nor Lightning is needed to 
 
 from __future__ import annotations
 
+import functools
+import os
 import re
+import textwrap
+import zipfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -57,16 +61,32 @@ class Run:
         return Tokenizer.load(path)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's dictionary, tensors on the CPU (memory-mapped) and nothing executed while reading.
+class DamagedCheckpointError(UserError):
+    """A checkpoint file is truncated or its bytes have changed."""
 
-    Raises `UserError` when the file is truncated, corrupt, of a newer format, or no checkpoint at all.
+
+def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
+    """A checkpoint's dictionary with its tensors on the CPU; nothing in it is executed.
+
+    Args:
+        path: the file.
+        mmap: map the tensors from the file instead of reading them; they must not outlive it.
+
+    Raises:
+        DamagedCheckpointError: the file is truncated, or does not match its checksums.
+        UserError: it holds code, is of a newer format, or is not a checkpoint.
     """
+    check_whole(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged bytes can make the unpickler raise anything
-        raise UserError(
-            f"{path} cannot be read: it is truncated, corrupt, or no nanochat checkpoint ({_first_line(error)})."
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a pickle can make the unpickler raise anything
+        if names := _code_in(path):
+            raise UserError(
+                f"{path} is refused: it holds code ({', '.join(names)}), which no checkpoint of nanochat does; nothing "
+                "of it was executed."
+            ) from error
+        raise DamagedCheckpointError(
+            f"{path} is truncated, damaged, or not a nanochat checkpoint: {_first_sentence(error)}"
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{path} is not a nanochat checkpoint: it has no state_dict.")
@@ -80,6 +100,40 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "use the newer nanochat that wrote it."
         )
     return checkpoint
+
+
+def check_whole(path: str | Path) -> None:
+    """Compare every record of a checkpoint with its CRC-32, which `torch.save` writes and `torch.load` ignores.
+
+    A file is checked once in a process, unless it changes.
+
+    Raises:
+        DamagedCheckpointError: a checksum does not match, or the file is not a whole archive.
+        UserError: the file cannot be opened.
+    """
+    try:
+        found = os.stat(path)
+        damaged = _damaged_record(os.path.realpath(path), found.st_ino, found.st_size, found.st_mtime_ns)
+    except Exception as error:  # damaged headers can make the reader raise anything
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        raise DamagedCheckpointError(f"{path} is truncated, damaged, or not a nanochat checkpoint.") from error
+    if damaged is not None:
+        raise DamagedCheckpointError(f"{path} is damaged: the checksum of {damaged} does not match.")
+
+
+@functools.lru_cache(maxsize=64)
+def _damaged_record(path: str, *_identity: int) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
+def _code_in(path: str | Path) -> list[str]:
+    """What a pickle would call or make, beyond tensors and plain values (at most three names)."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:3]
+    except Exception:  # not even a pickle
+        return []
 
 
 def build_gpt(config: GPTConfig, weights: dict[str, Tensor], source: str | Path = "the weights") -> GPT:
@@ -119,9 +173,8 @@ def load_run(path: str | Path, which: str | int = "last", device: str | torch.de
         device: where the weights go.
 
     Raises:
-        UserError: no run or checkpoint there, a truncated or corrupt file, a newer format, or weights that
-        do not
-            fit the run's `model.json`.
+        UserError: no run or checkpoint there, a damaged file, a newer format, or weights that do not fit the run's
+            `model.json`.
     """
     folder, checkpoint_path = find_checkpoint(path, which)
     config = GPTConfig.from_json(folder / "model.json")
@@ -149,6 +202,8 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a scalar"
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return re.sub(r"\s+", " ", text[0])[:120].rstrip(".") if text else type(error).__name__
+def _first_sentence(error: Exception) -> str:
+    """With its full stop; never cut in the middle of a word."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    sentence = re.split(r"(?<=[.!?]) ", " ".join(lines[0].split()), maxsplit=1)[0].rstrip(".")
+    return f"{textwrap.shorten(sentence, 200, placeholder=' ...')}."

@@ -11,20 +11,22 @@ from nanochat.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's options, with `--json`; a mistake is a `UserError` of one sentence (exit code 2).
+    """A command's options; a mistake is a `UserError` of one sentence (exit code 2).
 
     Args:
         verb: the words after `nanochat`.
         description: what `--help` says first.
         repeats: default of `--repeats`; None leaves out the options of a timing, `--repeats` and `--threads`.
+        as_json: with `--json`.
     """
 
-    def __init__(self, verb: str, description: str | None, repeats: int | None = None) -> None:
+    def __init__(self, verb: str, description: str | None, repeats: int | None = None, *, as_json: bool = True) -> None:
         super().__init__(prog=f"nanochat {verb}", description=description, allow_abbrev=False)
         if repeats is not None:
             self.add_argument("--repeats", type=count, default=repeats, help=f"rounds of each arm ({repeats})")
             self.add_argument("--threads", type=count, default=1, help="threads of torch (1)")
-        self.add_argument("--json", action="store_true", help="print the figures as JSON")
+        if as_json:
+            self.add_argument("--json", action="store_true", help="print the figures as JSON")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}{'' if message.endswith(('.', '?')) else '.'}")
@@ -45,6 +47,14 @@ def _whole(text: str, low: int) -> int:
     if not text.isascii() or not text.isdigit() or not low <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least {low}")
     return int(text)
+
+
+def number(text: str) -> float:
+    """Option type: a finite number."""
+    value = _number(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} must be a number")
+    return value
 
 
 def seconds(text: str) -> float:

@@ -1,34 +1,74 @@
-"""Files of a run: either the old one or the new one, never half of it."""
+"""Replacing files and folders whole (the old one or the new one, never half of it), and paths as users write them."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file beside `path` for bytes; on leaving it is synced and renamed, on an exception removed."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A free path beside `path`, for a new file or folder that takes its place.
+
+    On leaving the block it is synced and renamed to `path`; what was there before, a folder too, stays until then. On
+    an exception it is removed, and `path` is untouched.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, survives a power cut
+        _remove(aside)
+        yield aside
+        for written in [*aside.rglob("*"), aside] if aside.is_dir() else [aside]:
+            _sync(written)
+        _take_place(aside, path)
     finally:
-        os.close(folder)
+        with contextlib.suppress(OSError):
+            _remove(aside)
+    _sync(path.parent)  # the new name, too, survives a power cut
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for bytes that replaces `path` on leaving the block; on an exception `path` is untouched."""
+    with replacing(path) as aside, aside.open("wb") as file:
+        yield file
+
+
+def _take_place(aside: Path, path: Path) -> None:
+    if not aside.is_dir() or not os.path.lexists(path):
+        os.replace(aside, path)
+        return
+    old = aside.with_suffix(".old")  # a folder cannot be renamed over what is there
+    _remove(old)
+    os.rename(path, old)
+    try:
+        os.rename(aside, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def quoted(path: Path) -> str:
@@ -37,7 +77,7 @@ def quoted(path: Path) -> str:
 
 
 def anchored(path: str) -> str:
-    """A file, folder or glob as it is called from every working folder; what begins with a `~` is so already."""
+    """Make a path or glob absolute; leave one that begins with `~`."""
     if not path or os.path.isabs(os.path.expanduser(path)):
         return path
     here = os.getcwd()

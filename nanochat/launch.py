@@ -22,6 +22,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from nanochat.compat import job_error
 from nanochat.config.check import Checked, check
 from nanochat.config.compose import check_overrides, hydra_settings
 from nanochat.config.hydra_errors import explain
@@ -95,7 +96,7 @@ class Hooks(Callback):
         if settings.mode != RunMode.MULTIRUN:
             return
         failed = job_return.status is JobStatus.FAILED
-        error = job_return._return_value if failed else None
+        error = job_error(job_return) if failed else None
         job = sweep.Job(
             int(settings.job.num), list(job_return.overrides or []), Path(settings.runtime.output_dir), error
         )

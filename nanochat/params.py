@@ -40,6 +40,8 @@ def part_of(name: str) -> str:
         return f"{name.split('.')[1]} heads"
     if name.startswith("gpt.embedding."):
         return "embedding"
+    if name.startswith("gpt.value_embedding.") or ".attention.value." in name:
+        return "value embeddings"
     if name.startswith("gpt.head."):
         return "head"
     if "hyper_" in name:
@@ -63,7 +65,7 @@ def file_bits(name: str, parameter: Tensor, ternary: bool, heads: bool) -> float
         return 0.0
     if parameter.ndim != 2 or part == "hyper-connections":
         return 32.0
-    return TQ2_0_BITS if ternary and part not in ("embedding", "head") else EMBEDDING_BITS
+    return TQ2_0_BITS if ternary and part not in ("embedding", "head", "value embeddings") else EMBEDDING_BITS
 
 
 def planned_optimizer(cfg: dict[str, Any], module: NanoChatModule) -> Optimizer:

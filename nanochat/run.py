@@ -23,10 +23,11 @@ from nanochat.device import default_precision, find_device
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.reports.card import RunReport
-from nanochat.training.callbacks.base import PendingValidation
 from nanochat.training.callbacks.guard import NonFiniteError
+from nanochat.training.callbacks.pending_validation import PendingValidation
 from nanochat.training.callbacks.progress import ProgressBar
 from nanochat.training.callbacks.time_limit import TimeLimit
+from nanochat.training.checkpoint_io import WholeFileIO
 from nanochat.training.module import NanoChatModule, model_config
 from nanochat.training.resume import anchor_paths, check_resume, checkpoint_to_resume
 
@@ -57,7 +58,7 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
     lightning.seed_everything(plain["seed"], verbose=False)
 
     data = build_data(plain)
-    data.prepare_data()
+    data.setup("fit")
     fit_vocabulary(plain, data)
     model_config(plain)  # an impossible network is refused before anything is written
     checkpoint = checkpoint_to_resume(folder, plain["ckpt_path"])
@@ -68,20 +69,20 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
     report = RunReport(folder, plain, data)
     trainer: Trainer | None = None
     loggers: list[Any] = []
+    rate_scale = 1.0
     try:
         loggers = build_loggers(plain)
         while True:
-            module = NanoChatModule(plain)
+            module = NanoChatModule(plain, rate_scale)
             trainer = build_trainer(plain, folder, loggers)
             try:
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
                 break
             except NonFiniteError as error:
-                plain["rate_scale"] = error.next_rate_scale(plain.get("rate_scale", 1.0))
+                rate_scale = error.next_rate_scale(module.rate_scale)
                 checkpoint = checkpoint_to_resume(folder, "auto") or checkpoint
                 log.warning("%s Going back to %s, with half the rates.", error, checkpoint or "the start")
                 data = build_data(plain)
-                data.prepare_data()
         if trainer.enable_validation and module.validated_at != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
         return report.finish(trainer, module)
@@ -122,8 +123,8 @@ def settle(plain: dict[str, Any]) -> dict[str, Any]:
 def write_run_files(folder: Path, plain: dict[str, Any], data: DataModule) -> None:
     """config.yaml, tokenizer.json and model.json.
 
-    A resume keeps config.yaml but for the run's length: a run that was extended and then interrupted goes on to its
-    new end, with the rates of the new length.
+    A resume keeps config.yaml but for the run's length: a run that was extended and then interrupted trains to its new
+    end, with the rates of the new length.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,11 +152,12 @@ def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any]) -> Tr
     callbacks = [instantiate(node) for node in nodes if node]
     if not bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    # the time limit comes before what saves, the validation to make up for after what records it
+    # the time limit comes before what saves, a pending validation after what records it
     callbacks = [*([TimeLimit(limit)] if limit else []), *callbacks, PendingValidation()]
     return instantiate(
         options,
         callbacks=callbacks,
+        plugins=[*(options.pop("plugins", None) or []), WholeFileIO()],
         logger=loggers or False,
         default_root_dir=str(folder),
         enable_checkpointing=False,
@@ -191,7 +193,7 @@ def build_loggers(plain: dict[str, Any]) -> list[Any]:
 def clean_up(loggers: list[Any]) -> None:
     """Leave nothing of this run behind for the next job of a sweep, which shares the process.
 
-    What goes wrong is only logged: the run's own end, its error above all, is what its caller has to hear of.
+    Only log what goes wrong: the run's own exception must propagate.
     """
     for logger in loggers:
         if type(logger).__name__ == "WandbLogger":
@@ -200,7 +202,7 @@ def clean_up(loggers: list[Any]) -> None:
             except Exception as error:
                 reason = " ".join(str(error).split())
                 log.warning("Weights & Biases could not be closed (%s: %s).", type(error).__name__, reason[:200])
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

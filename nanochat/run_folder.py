@@ -5,23 +5,24 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from nanochat.errors import UserError
+
+STEP_FILE = re.compile(r"step=(\d+)\.ckpt")
 
 
 def find_checkpoint(path: str | Path, which: str | int = "last") -> tuple[Path, Path]:
     """The run folder and the checkpoint file that `path` means.
 
     Args:
-        path: a run folder, a link to one (`outputs/latest`), or a `.ckpt` file in a run's `checkpoints`
-            folder.
+        path: a run folder, a link to one (`outputs/latest`), or a `.ckpt` file in a run's `checkpoints` folder.
         which: "last", or the optimizer step of a kept checkpoint ("200", 200 or "step=200").
 
     Raises:
-        UserError: nothing there, not a run folder, or no such checkpoint (the message lists those that
-        exist).
+        UserError: nothing there, not a run folder, or no such checkpoint (the message lists those that exist).
     """
     path = Path(path)
     if path.is_file():
@@ -45,6 +46,17 @@ def find_checkpoint(path: str | Path, which: str | int = "last") -> tuple[Path, 
     raise UserError(f"{folder} has no checkpoint yet: the run was stopped before its first save.")
 
 
+def read_chat_template(folder: Path) -> str | None:
+    """The Jinja text in a run's chat_template.jinja, None without one; raises `UserError` when it cannot be read."""
+    path = folder / "chat_template.jinja"
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not text'}.") from error
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
     """A run's summary.json; `{}` when there is none, or none that can be read."""
     try:
@@ -66,6 +78,13 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         for row in csv.DictReader(lines)
         if row.get("step", "").isdigit() and None not in row and None not in row.values()
     ]
+
+
+def step_checkpoints(folder: Path) -> dict[int, Path]:
+    """The `step=N.ckpt` files of a run's `checkpoints` folder by N, the newest first."""
+    names = {path: STEP_FILE.fullmatch(path.name) for path in folder.glob("step=*.ckpt")}
+    found = {int(match[1]): path for path, match in names.items() if match}
+    return dict(sorted(found.items(), reverse=True))
 
 
 def point_latest(folder: Path) -> None:

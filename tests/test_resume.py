@@ -1,4 +1,4 @@
-"""A run killed at any moment and gone on with is, to the last bit, the run that was never killed."""
+"""A run that is killed at any moment and resumed is, to the last bit, the run that was never killed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from omegaconf import OmegaConf
 
 from nanochat.config.schema import CONF
 from nanochat.run import train
-from nanochat.training.callbacks import checkpoint as checkpoints
 from nanochat.training.module import NanoChatModule
 from tests.runs import configure, read_metrics, read_state, same, words
 
@@ -58,7 +57,7 @@ def kill(number: int = signal.SIGKILL) -> None:
 
 def die_in_save() -> None:
     """Let the second save stop in the middle of its file."""
-    original, count = checkpoints.torch.save, 0
+    original, count = torch.save, 0
 
     def save(content: Any, file: Any) -> None:
         nonlocal count
@@ -69,7 +68,7 @@ def die_in_save() -> None:
             kill()
         original(content, file)
 
-    checkpoints.torch.save = save
+    torch.save = save
 
 
 def die_in_validation() -> None:
@@ -123,8 +122,8 @@ def one_thread() -> Any:
 
 def equal_runs(one: Path, other: Path) -> None:
     rows = read_metrics(one)
-    assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
-    assert all(row["val/bpb"] for row in rows if int(row["step"]) in (3, 6, STEPS))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(1, STEPS + 1))
+    assert [int(row["step"]) for row in rows if row["val/bpb"]] == [3, 6, STEPS]
     assert rows == read_metrics(other)
     same(read_state(one), read_state(other))
     names = {path.name for path in (other / "checkpoints").iterdir()}
@@ -217,7 +216,7 @@ def test_ctrl_c_and_resume_of_the_command(place: Path, whole: Path) -> None:
         env=environment, cwd=place, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [int(row["step"]) for row in read_metrics(folder)] == list(range(1, step + 2))
+    assert [int(row["step"]) for row in read_metrics(folder) if row["train/loss"]] == list(range(1, step + 2))
     assert "val/bpb" in done.stdout
     assert f"--resume {folder}" in done.stdout or "--resume command" in done.stdout
 

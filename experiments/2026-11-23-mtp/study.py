@@ -26,7 +26,7 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 96
 def validation_prompts(result: Result) -> list[list[int]]:
     """Beginnings of validation sequences."""
     data = build_data(OmegaConf.to_container(OmegaConf.load(result.folder / "config.yaml")))
-    data.prepare_data()
+    data.setup()
     data.setup("validate")
     prompts: list[list[int]] = []
     for batch in data.val_dataloader():

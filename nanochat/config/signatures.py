@@ -144,6 +144,8 @@ def check_arguments(
             annotation = hints.get(name, Any)
             if not fits(value, annotation):
                 problems.append(Problem(key, f"{key}={show(value)} must be {describe(annotation)}."))
+    if is_open and hasattr(target, "problems_of"):  # what is behind `**options` is the target's to say
+        problems += [Problem(path, text) for text in target.problems_of(node)]  # type: ignore[attr-defined]
     if not node.get("_partial_"):
         for name, parameter in known.items():
             needed = parameter.default is parameter.empty and name not in supplied and name not in taken

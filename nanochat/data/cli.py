@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
 
     cfg = compose(options.overrides)
     data: DataModule = instantiate(cfg["data"], tokenizer=instantiate(cfg["tokenizer"]))
-    data.prepare_data()
+    data.setup()
     if options.json:
         print(json.dumps({**data.header, "folder": data.folder}))
         return 0

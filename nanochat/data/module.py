@@ -151,13 +151,30 @@ class DataModule(lightning.LightningDataModule):
     # ---- preparing --------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Build the shards, or find them in the cache.
+        """Build the shards in the cache, unless they are there; keeps no state, as Lightning demands.
 
         Raises:
             UserError: no text, or too little of it for one sequence; a cache that cannot be used.
         """
-        if self._train is not None:
-            return
+        if self._train is None and self.corpus != "synthetic":
+            self._find_shards()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the shards, once; builds them if `prepare_data` has not.
+
+        Raises:
+            UserError: as `prepare_data`; or a state was loaded that is of other data.
+        """
+        if self._train is None:
+            self._open()
+        if self._restored is not None:
+            self._compare(self._restored)
+
+    def _find_shards(self) -> Shards:
+        val_corpus = self._corpus(self.val_paths, "data.val_paths") if self.val_paths else None
+        return prepare(self._corpus(self.paths, "data.paths"), self._spec, self.cache_dir, val_corpus)
+
+    def _open(self) -> None:
         if self.corpus == "synthetic":
             sizes = (self.vocab_size, self.seq_len)
             self._train = SyntheticBatches(*sizes, self.batch_size, self.seed)
@@ -165,9 +182,7 @@ class DataModule(lightning.LightningDataModule):
             rows = min(self.val_batch_size, windows)
             self._val = FiniteBatches(*sizes, rows, self.seed, VALIDATION_FROM, -(-windows // rows))
             return
-        val_corpus = self._corpus(self.val_paths, "data.val_paths") if self.val_paths else None
-        corpus = self._corpus(self.paths, "data.paths")
-        shards = prepare(corpus, self._spec, self.cache_dir, val_corpus)
+        shards = self._find_shards()
         size = shards.tokenizer.vocab_size
         if size < self._spec.vocab_size:
             log.warning(
@@ -180,16 +195,10 @@ class DataModule(lightning.LightningDataModule):
         self._val = ValBatches(shards.val.tokens, self.seq_len, self.val_batch_size, size, self.val_tokens)
         self._shards, self._train = shards, train
 
-    def setup(self, stage: str | None = None) -> None:
-        """Open what `prepare_data` has made."""
-        self.prepare_data()
-        if self._restored is not None:
-            self._compare(self._restored)
-
     def _prepared(self) -> Shards | None:
         """The shards; None for `synthetic`."""
         if self._train is None:
-            raise RuntimeError("call prepare_data() first")
+            raise RuntimeError("call setup() first")
         return self._shards
 
     @cached_property
@@ -203,7 +212,7 @@ class DataModule(lightning.LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Ids that occur are below."""
+        """Number of token ids."""
         if self.corpus == "synthetic" and self._synthetic_vocabulary != "auto":
             return int(self._synthetic_vocabulary)
         return self.tokenizer.vocab_size
@@ -291,7 +300,7 @@ class DataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> PrefetchLoader:
         """The endless micro-batches from number `consumed` on; the same loader at every call."""
-        self.setup()
+        self._prepared()
         assert self._train is not None
         if self._loader is None:
             trainer = self.trainer
@@ -301,7 +310,7 @@ class DataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> ValBatches | FiniteBatches:
         """The same batches at each validation."""
-        self.setup()
+        self._prepared()
         assert self._val is not None
         return self._val
 
@@ -318,7 +327,7 @@ class DataModule(lightning.LightningDataModule):
         return {"consumed": self.consumed, **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a run was.
+        """Take up the position of a saved run.
 
         Raises:
             UserError: when the state is of other data or another order; lists what differs.

@@ -18,7 +18,6 @@ matrices; pre = sigmoid(pre_logits + pre_bias); post = 2 sigmoid(post_logits + p
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.errors import UserError
+from nanochat.files import atomic_write
 from nanochat.model.gpt import GPT
 from nanochat.model.hyper_connections import HyperConnection
 
@@ -89,14 +89,11 @@ def write_mhc(path: str | Path, records: Sequence[Record], streams: int, version
             raise UserError(f"{path}: record {index} is not finite.")
         parts.append(row.tobytes())
     data = b"".join(parts)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        aside.write_bytes(data)
-        aside.replace(path)
+        with atomic_write(path) as file:
+            file.write(data)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        aside.unlink(missing_ok=True)
     return len(data)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from nanochat.export.gguf import FILE_TYPES
 from nanochat.export.gguf_reader import GGUFFile
 from nanochat.export.gguf_tensors import read_network
 from nanochat.export.huggingface import read_config, read_huggingface
+from nanochat.files import replacing
 from nanochat.model.bitlinear import BitLinear, dequantise, ternarise
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
@@ -67,8 +66,8 @@ def read_export(path: str | Path) -> Exported:
         kind = kinds.get(file.get("general.file_type", int))
         if kind is None:
             raise UserError(f"{path} has a general.file_type that nanochat does not write.")
-        heads = file.get(f"{arch}.nextn_predict_layers", int, 0)
-        config, weights = read_network(file, read_config(values, path), arch, kind, heads)
+        nextn = file.get(f"{arch}.nextn_predict_layers", int, 0)
+        config, weights = read_network(file, read_config(values, path), arch, kind, nextn)
         objectives = {name: weights.pop(name) for name in list(weights) if name.startswith("mtp.")}
         tokenizer_json = file.get("tokenizer.huggingface.json", str, "") or None
         step = file.get("nanochat.step", int, 0)
@@ -102,8 +101,10 @@ def latent_weight(values: Tensor, block: int) -> Tensor:
 
 
 def _is_ternary(name: str, tensor: Tensor) -> bool:
-    """Whether a parameter is a matrix of a block; embedding, head and the maps of residual streams are not."""
-    return tensor.ndim == 2 and (".blocks." in name or ".mtp." in name) and "hyper_" not in name
+    """Whether a parameter is a matrix of a block; tables, head, gates and the maps of residual streams are not."""
+    return (
+        tensor.ndim == 2 and (".blocks." in name or ".mtp." in name) and "hyper_" not in name and ".value." not in name
+    )
 
 
 def _latent(exported: Exported, name: str, values: Tensor) -> Tensor:
@@ -140,18 +141,13 @@ def import_export(path: str | Path, out: str | Path, *, force: bool = False) -> 
         "global_step": exported.step,
         "nanochat_format": CHECKPOINT_FORMAT,
     }
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        (aside / "checkpoints").mkdir(parents=True)
-        exported.config.to_json(aside / "model.json")
-        if exported.tokenizer is not None:
-            (aside / "tokenizer.json").write_text(exported.tokenizer, encoding="utf-8")
-        torch.save(checkpoint, aside / "checkpoints" / "last.ckpt")
-        if out.is_dir():
-            shutil.rmtree(out)
-        aside.rename(out)
+        with replacing(out) as aside:
+            (aside / "checkpoints").mkdir(parents=True)
+            exported.config.to_json(aside / "model.json")
+            if exported.tokenizer is not None:
+                (aside / "tokenizer.json").write_text(exported.tokenizer, encoding="utf-8")
+            torch.save(checkpoint, aside / "checkpoints" / "last.ckpt")
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         raise UserError(f"{out} cannot be written: {error}.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from nanochat.optim.rules import find_rule
 from nanochat.optim.schedule import WEIGHT_DECAY_SCHEDULES
 
 Named = list[tuple[str, Tensor]]
-TABLES = ("embedding", "tied_embedding", "head")
+TABLES = ("embedding", "tied_embedding", "head", "value_embedding")
 """groups that `embedding_state` speaks of"""
 
 
@@ -82,91 +82,113 @@ def build(
     Raises:
         UserError: a parameter that no group claims, a group without parameters, an unknown or bad option.
     """
-    if embedding_state is not None:
-        check_choice(embedding_state, f"optim.embedding_state={embedding_state!r}", ("fp32", "8bit"))
-        if not set(TABLES) & set(groups):
-            raise UserError(f"optim.embedding_state is not used: there is no group {', '.join(TABLES)}.")
-    settings = {name: _settings(name, node) for name, node in groups.items()}
-    rules = {name: _rule(one, name, embedding_state) for name, one in settings.items()}
-    known = {option for rule in rules.values() for option in option_fields(rule.Options)}
-    given_rates = {"lr": lr, **{k: v for k, v in options.items() if k.endswith("_lr") and k not in known}}
-    rates = {k: check_number(lr if v is None else v, f"optim.{k}={v!r}") for k, v in given_rates.items()}
-    shared = {k: v for k, v in options.items() if k not in rates}
-    _check_all_used(settings, rules, rates, shared)
+    plans, rates = _plan(groups, embedding_state, {"lr": lr, **options})
     check_number(weight_decay, f"optim.weight_decay={weight_decay!r}")
     check_choice(
         weight_decay_schedule, f"optim.weight_decay_schedule={weight_decay_schedule!r}", list(WEIGHT_DECAY_SCHEDULES)
     )
     built: list[Group] = []
-    for name, members in _claim(settings, [(name, p) for name, p in named_parameters if p.requires_grad]).items():
-        one, rule = settings[name], rules[name]
+    named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    for name, members in _claim({name: plan.settings for name, plan in plans.items()}, named).items():
+        settings, rule, own = plans[name].settings, plans[name].rule, plans[name].options
+        auto = {k: v for k, v in rule.auto(members[0][1].device).items() if own[k] == "auto"}
         group = {
             "params": [p for _, p in members],
             "names": [n for n, _ in members],
             "name": name,
             "rule": rule.name,
-            "lr": rates[one.rate] if one.lr is None else one.lr,
-            "weight_decay": float(weight_decay) if one.weight_decay is None else one.weight_decay,
+            "lr": rates[settings.rate] if settings.lr is None else settings.lr,
+            "weight_decay": float(weight_decay) if settings.weight_decay is None else settings.weight_decay,
             "weight_decay_schedule": weight_decay_schedule,
-            **_options(rule, groups[name], shared, f"optim.groups.{name}"),
+            "auto": list(auto),
+            **own,
+            **auto,
         }
-        found = {k: v for k, v in rule.auto(members[0][1].device).items() if group[k] == "auto"}
-        group.update(found, auto=list(found))
         for parameter_name, parameter in members:
             rule.check(group, parameter_name, parameter)
         built.append(group)
-    return Optimizer(built, {rule.name: rule for rule in rules.values()})
+    return Optimizer(built, {plan.rule.name: plan.rule for plan in plans.values()})
 
 
-def _settings(name: str, node: Any) -> GroupSettings:
-    where = f"optim.groups.{name}"
-    if not isinstance(node, Mapping):
-        raise UserError(f"{where}={node!r} is not a group such as {{match: '*', rule: adamw}}; ~{where} removes one.")
-    given = {key: value for key, value in node.items() if key in option_fields(GroupSettings)}
-    return GroupSettings(**read_options(GroupSettings, given, where, "a group"))
+def problems_of(node: Mapping[str, Any]) -> list[str]:
+    """What `build` refuses of a config's node, whatever the parameters are: one sentence each.
+
+    The check of configurations asks for it, since a signature with `**options` cannot say.
+    """
+    options = {k: v for k, v in node.items() if not k.startswith("_") and k not in KEYWORDS}
+    try:
+        _plan(node["groups"], node.get("embedding_state"), {"lr": 0.0, **options})
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
-def _rule(settings: GroupSettings, name: str, embedding_state: str | None) -> Rule:
-    where, rule = f"optim.groups.{name}", find_rule(settings.rule, f"optim.groups.{name}")
-    if embedding_state is None or name not in TABLES:
-        return rule
-    return find_rule(rule.name.removesuffix("8bit") + ("8bit" if embedding_state == "8bit" else ""), where)
+build.__dict__["problems_of"] = problems_of
+KEYWORDS = ("lr", "groups", "weight_decay", "weight_decay_schedule", "embedding_state")
+"""arguments of `build` that are neither rates nor options of rules"""
 
 
-def _options(rule: Rule, node: Mapping[str, Any], shared: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The options of a group's rule: its own, then the shared ones, then the defaults."""
-    known, common = option_fields(rule.Options), option_fields(GroupSettings)
-    given = read_options(rule.Options, {k: v for k, v in shared.items() if k in known}, "optim", "")
-    own = {k: v for k, v in node.items() if k not in common}
-    given |= read_options(rule.Options, own, where, f"rule {rule.name}", list(common))
-    options = rule.Options(**given)
-    return {name: getattr(options, name) for name in known}
+class GroupPlan(NamedTuple):
+    """A group before it has parameters: what it holds, its rule, and all options of the rule."""
+
+    settings: GroupSettings
+    rule: Rule
+    options: dict[str, Any]
 
 
-def _check_all_used(
-    settings: Mapping[str, GroupSettings], rules: Mapping[str, Rule], rates: Mapping[str, Any], shared: Iterable[str]
-) -> None:
-    """Raise `ConfigError` for rates that no group names or nobody gave, and for options that no rule has."""
-    problems = []
-    for name, one in settings.items():
-        if one.rate not in rates:
-            problems.append(f"optim.groups.{name}.rate={one.rate!r} is not a rate{did_you_mean(one.rate, rates)}")
-    named = {one.rate for one in settings.values()}
-    problems += [
-        f"optim.{rate} is not used: it is the `rate` of no group{did_you_mean(rate, named)}"
-        for rate in rates
-        if rate not in named and rate != "lr"
-    ]
-    known = {option for rule in rules.values() for option in option_fields(rule.Options)}
-    also = {"lr", "groups", "weight_decay", "weight_decay_schedule", "embedding_state", *rates}
-    used = ", ".join(dict.fromkeys(rule.name for rule in rules.values()))
-    problems += [
-        f"optim.{option} is not an option of this optimizer's rules ({used}){did_you_mean(option, known | also)}"
-        for option in shared
-        if option not in known
-    ]
+def _plan(
+    groups: Mapping[str, Any], embedding_state: str | None, given: Mapping[str, Any]
+) -> tuple[dict[str, GroupPlan], dict[str, float]]:
+    """The plans by group, and the rates among the given options; raises `ConfigError` with every problem."""
+    plans, rates, problems = {}, {}, []
+    for name, node in groups.items():
+        try:
+            plans[name] = _plan_group(name, node, embedding_state, given)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    if embedding_state is not None and not set(TABLES) & set(groups):
+        problems.append(f"optim.embedding_state is not used: none of the groups is {', '.join(TABLES)}.")
+    known = {option for plan in plans.values() for option in option_fields(plan.rule.Options)}
+    named = {plan.settings.rate: name for name, plan in plans.items()}
+    for key, value in given.items():
+        if key in known:
+            continue
+        if key != "lr" and not key.endswith("_lr"):
+            rules = ", ".join(dict.fromkeys(plan.rule.name for plan in plans.values()))
+            near = did_you_mean(key, {*known, *KEYWORDS, *named})
+            problems.append(f"optim.{key} is not an option of this optimizer's rules ({rules}){near}")
+        elif key != "lr" and key not in named:
+            problems.append(f"optim.{key} is not used: it is the `rate` of no group{did_you_mean(key, named)}")
+        else:
+            try:
+                rates[key] = check_number(given["lr"] if value is None else value, f"optim.{key}={value!r}")
+            except UserError as error:
+                problems.append(str(error))
+    for rate, name in named.items():
+        if rate not in given:
+            problems.append(f"optim.groups.{name}.rate={rate!r} is not a rate{did_you_mean(rate, rates)}")
     if problems:
         raise ConfigError(problems)
+    return plans, rates
+
+
+def _plan_group(name: str, node: Any, embedding_state: str | None, shared: Mapping[str, Any]) -> GroupPlan:
+    where, common = f"optim.groups.{name}", option_fields(GroupSettings)
+    if not isinstance(node, Mapping):
+        raise UserError(f"{where}={node!r} is not a group such as {{match: '*', rule: adamw}}; ~{where} removes one.")
+    settings = GroupSettings(**read_options(GroupSettings, {k: v for k, v in node.items() if k in common}, where, ""))
+    rule = find_rule(settings.rule, where)
+    if embedding_state is not None and name in TABLES:
+        check_choice(embedding_state, f"optim.embedding_state={embedding_state!r}", ("fp32", "8bit"))
+        rule = find_rule(rule.name.removesuffix("8bit") + ("8bit" if embedding_state == "8bit" else ""), where)
+    known = option_fields(rule.Options)
+    options = read_options(rule.Options, {k: v for k, v in shared.items() if k in known}, "optim", "")
+    own = {k: v for k, v in node.items() if k not in common}
+    options |= read_options(rule.Options, own, where, f"rule {rule.name}", list(common))
+    complete = rule.Options(**options)
+    return GroupPlan(settings, rule, {name: getattr(complete, name) for name in known})
 
 
 def _claim(groups: Mapping[str, GroupSettings], named: Named) -> dict[str, Named]:

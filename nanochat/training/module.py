@@ -1,4 +1,20 @@
-"""The LightningModule: a GPT, its objectives, one optimizer, and what an exact resume needs."""
+"""The LightningModule: a GPT, its objectives, one optimizer, and what an exact resume needs.
+
+The order of one optimizer step (M: a method of the module below, C: a hook of a callback):
+
+    on_train_batch_start (C)          the filter chooses its selector           } for each of the
+    training_step (M)                 the sum of the objectives; data.consumed  } accumulated
+    backward                          gradients add up in p.grad                } micro-batches
+    on_before_optimizer_step (C)      the guard looks at gradient_norm() (M): a step that is not finite is skipped
+    configure_gradient_clipping (M)   clips by the same norm
+    optimizer_step (M)                around the last micro-batch: sets the rates before it, fills step_metrics after it
+    on_step_end (C)                   global_step has gone up; in the order of conf/callbacks: throughput, metrics.csv,
+                                      the bar, the checkpoint, signals
+    validation, where one is due      after the checkpoint, so that a run stopped in it loses nothing else
+
+A checkpoint is therefore always of whole steps; on_save_checkpoint and on_load_checkpoint (M) carry what Lightning does
+not: the random generators, and the rates' factor after a return to an earlier checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +43,14 @@ class NanoChatModule(lightning.LightningModule):
 
     Args:
         cfg: the resolved configuration as a plain dict (so that a checkpoint loads with `weights_only=True`).
+        rate_scale: a factor of all learning rates; below 1 once training has diverged and returned to a checkpoint. A
+            checkpoint that is loaded may lower it.
 
     The two seams: `objectives` holds the terms of the loss, next-token first, and a callback may set
     `objectives["next_token"].selector`. After each optimizer step `step_metrics` holds its numbers for the callbacks.
     """
 
-    def __init__(self, cfg: dict[str, Any]) -> None:
+    def __init__(self, cfg: dict[str, Any], rate_scale: float = 1.0) -> None:
         super().__init__()
         self.save_hyperparameters({"cfg": cfg})
         self.cfg = cfg
@@ -44,7 +62,7 @@ class NanoChatModule(lightning.LightningModule):
             self.objectives[name] = build_objective(node, config=config, seed=seed)
         self.schedule = instantiate(cfg["schedule"])
         self.max_steps = int(cfg["trainer"]["max_steps"])
-        self.rate_scale = float(cfg.get("rate_scale", 1.0))
+        self.rate_scale = rate_scale
         self.step_metrics: dict[str, float] = {}
         self.validated_at: int | None = None
         """optimizer steps done at the last validation"""
@@ -163,10 +181,8 @@ class NanoChatModule(lightning.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the random generators for the start of training, after everything else has drawn from them.
-
-        The rates stay as low as the run has had to make them.
-        """
+        """Keeps the random generators for the start of training, after everything else has drawn from them, and the
+        rates as low as the run has had to make them."""
         self._rng_state = checkpoint["nanochat_run"]["rng"]
         self.rate_scale = min(self.rate_scale, float(checkpoint["nanochat_run"].get("rate_scale", 1.0)))
 

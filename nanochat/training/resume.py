@@ -1,4 +1,4 @@
-"""Going on with a saved run: which checkpoint, and whether it may be gone on with."""
+"""Resume a run: find the checkpoint; refuse incompatible changes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint import read_checkpoint
+from nanochat.checkpoint import DamagedCheckpointError, check_whole, read_checkpoint
 from nanochat.config.renamed import rename_targets
 from nanochat.config.schema import DEFAULTS, PLAIN_KEYS
 from nanochat.errors import UserError
 from nanochat.files import anchored
+from nanochat.run_folder import step_checkpoints
 
 log = logging.getLogger(__name__)
 
 OWN_RULES = {*PLAIN_KEYS, *DEFAULTS, "hydra", "rate_scale"} - {"model"}
-"""top-level keys that are not compared as a whole; what is not here (model, features) must be equal"""
-EQUAL = ("seed", "data.corpus", "data.seq_len", "data.batch_size", "data.seed", "data.synthetic_vocab",
-         "trainer.accumulate_grad_batches", "loss.label_smoothing", "loss.z_loss")  # fmt: skip
-"""further values without which a resumed run would not be the same run; the text itself is compared by the data"""
-TOLD = (
+"""top-level keys that are not compared as a whole; all others (the model, the features) must be equal"""
+MUST_BE_EQUAL = ("seed", "data.corpus", "data.seq_len", "data.batch_size", "data.seed", "data.vocab_size",
+                 "trainer.accumulate_grad_batches", "loss.label_smoothing", "loss.z_loss")  # fmt: skip
+"""values without which a resumed run would not be the same run; the text itself is compared by the data"""
+WARN_IF_CHANGED = (
     "schedule",
     "trainer.max_steps",
     "loss.chunk",
@@ -31,7 +32,7 @@ TOLD = (
     "trainer.gradient_clip_val",
     "trainer.accelerator",
 )
-"""may change, but the results do"""
+"""values that may change, at the price of other results than those of an undisturbed run"""
 PATHS = (
     "data.paths",
     "data.val_paths",
@@ -40,41 +41,69 @@ PATHS = (
     "collider.reference",
     "collider.cache",
 )
-"""files and folders that a run reads anew when it goes on"""
+"""files and folders that a resumed run reads again"""
 ABSENT = object()
 
 
 def checkpoint_to_resume(folder: Path, ckpt_path: str | Path | None) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start.
+    """The checkpoint to resume from, checked against its checksums, or None for a fresh start.
 
     Args:
         folder: the run's folder.
-        ckpt_path: `last` (of the folder), `auto` (last or a fresh start), a file, or None.
+        ckpt_path: `last` (the newest whole one of the folder), `auto` (the same, or a fresh start where there is none),
+            a file, or None.
 
     Raises:
-        UserError: there is no such checkpoint, or a fresh start would overwrite a saved run.
+        UserError: there is no such checkpoint or none that is whole, or a fresh start would overwrite a saved run.
     """
-    last = folder / "checkpoints" / "last.ckpt"
+    place = folder / "checkpoints"
     if ckpt_path is None:
-        if last.is_file():
+        if (place / "last.ckpt").is_file() or step_checkpoints(place):
             raise UserError(
-                f"{folder} already holds a run with checkpoints: say ckpt_path=last to go on with it, or give another "
+                f"{folder} already holds a run with checkpoints: resume it with ckpt_path=last, or give another "
                 "hydra.run.dir."
             )
         return None
-    if ckpt_path == "auto":
-        return last if last.is_file() else None
-    if ckpt_path == "last":
-        if not last.is_file():
+    if ckpt_path in ("auto", "last"):
+        found = newest_whole(place)
+        if found is None and ckpt_path == "last":
             raise UserError(
-                f"ckpt_path=last: there is no {last}; give the run's folder as hydra.run.dir, or say ckpt_path=auto to "
-                "start afresh where there is none."
+                f"ckpt_path=last: there is no {place / 'last.ckpt'}; give the run's folder as hydra.run.dir, or say "
+                "ckpt_path=auto to start afresh where there is none."
             )
-        return last
+        return found
     path = Path(ckpt_path)
     if not path.is_file():
         raise UserError(f"ckpt_path={path}: there is no such file.")
+    check_whole(path)
     return path
+
+
+def newest_whole(place: Path) -> Path | None:
+    """`last.ckpt` of a `checkpoints` folder; where it is damaged the newest whole `step=N.ckpt`, with a warning.
+
+    Returns:
+        None where there are no checkpoints.
+
+    Raises:
+        UserError: all of them are damaged.
+    """
+    last = place / "last.ckpt"
+    problems: dict[Path, str] = {}
+    for path in [*([last] if last.is_file() else []), *step_checkpoints(place).values()]:
+        if any(os.path.samefile(path, damaged) for damaged in problems):  # last.ckpt by its other name
+            continue
+        try:
+            read_checkpoint(path)
+        except DamagedCheckpointError as error:
+            problems[path] = str(error)
+            continue
+        if problems:
+            log.warning("%s Resuming from %s, the newest whole checkpoint.", " ".join(problems.values()), path)
+        return path
+    if problems:
+        raise UserError(f"no checkpoint in {place} is whole: {' '.join(problems.values())}")
+    return None
 
 
 def anchor_paths(plain: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +124,7 @@ def anchor_paths(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_resume(path: Path, plain_cfg: dict[str, Any]) -> None:
-    """Compare a checkpoint with the configuration that is to go on from it, and take over its `rate_scale`.
+    """Compare a checkpoint with the configuration that is to resume it; neither is changed.
 
     Warns of what changes the results (schedule, precision, threads, compile mode, torch's version).
 
@@ -110,7 +139,9 @@ def check_resume(path: Path, plain_cfg: dict[str, Any]) -> None:
     saved = anchor_paths(rename_targets(saved))
     whole = sorted((set(saved) | set(plain_cfg)) - OWN_RULES)
     changed = [
-        line for key in (*EQUAL, *whole) for line in differences(key, lookup(saved, key), lookup(plain_cfg, key))
+        line
+        for key in (*MUST_BE_EQUAL, *whole)
+        for line in differences(key, lookup(saved, key), lookup(plain_cfg, key))
     ]
     changed += differences("tokenizer", saved.get("tokenizer"), plain_cfg.get("tokenizer"))
     optim = differences("optim", saved.get("optim"), plain_cfg.get("optim"))
@@ -122,15 +153,13 @@ def check_resume(path: Path, plain_cfg: dict[str, Any]) -> None:
             f"{path} cannot be resumed with other settings than it was trained with: {'; '.join(changed)}. "
             "Undo these changes, or train a new run."
         )
-    told = [line for key in TOLD for line in differences(key, lookup(saved, key), lookup(plain_cfg, key))]
-    told += rates
+    inexact = [line for key in WARN_IF_CHANGED for line in differences(key, lookup(saved, key), lookup(plain_cfg, key))]
+    inexact += rates
     here = {"threads": torch.get_num_threads(), "compile": bool(plain_cfg.get("compile") is True),
             "torch": str(torch.__version__)}  # fmt: skip
-    told += [line for key, value in here.items() for line in differences(key, run.get(key), value)]
-    if told:
-        log.warning("Resuming, but not bit for bit, since these have changed: %s.", "; ".join(told))
-    if run.get("rate_scale", 1.0) != 1.0:
-        plain_cfg["rate_scale"] = float(run["rate_scale"])
+    inexact += [line for key, value in here.items() for line in differences(key, run.get(key), value)]
+    if inexact:
+        log.warning("Resuming, but not bit for bit, since these have changed: %s.", "; ".join(inexact))
 
 
 def lookup(cfg: dict[str, Any], key: str) -> Any:

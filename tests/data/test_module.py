@@ -71,7 +71,7 @@ def fit(data: DataModule, steps: int, ckpt_path=None, **options) -> tuple[lightn
 
 
 def reference(data: DataModule, start: int, count: int) -> list[torch.Tensor]:
-    return [data._train.batch(i)["tokens"] for i in range(start, start + count)]
+    return [data.train_dataloader().batches.batch(i)["tokens"] for i in range(start, start + count)]
 
 
 def test_training_under_lightning_with_accumulation(make):
@@ -100,7 +100,7 @@ def test_a_resumed_run_sees_the_rest_of_the_same_batches(make, tmp_path):
 
 def make_prepared(make, **options) -> DataModule:
     data = make(**options)
-    data.prepare_data()
+    data.setup()
     return data
 
 
@@ -111,6 +111,7 @@ def test_batches_from_a_position_are_the_tail_of_the_sequence(make):
     for consumed in (0, 1, 17):
         resumed = make()
         resumed.load_state_dict({**data.state_dict(), "consumed": consumed})
+        resumed.setup()
         iterator = iter(resumed.train_dataloader())
         for expected in whole[consumed:]:
             batch = next(iterator)
@@ -134,7 +135,7 @@ def test_a_position_in_other_data_is_refused(make, change, words, prepared):
     assert json.loads(json.dumps(state)) == state
     data = make(**change)
     if prepared:
-        data.prepare_data()
+        data.setup()
     with pytest.raises(UserError, match=words):
         (data.load_state_dict(state), data.setup("fit"))
 
@@ -286,10 +287,10 @@ def test_instantiated_as_a_run_does(corpus_dir, cache):
     node = {"_target_": "nanochat.data.module.DataModule", "corpus": "text", "paths": [str(corpus_dir)]}
     spec = instantiate({"_target_": "nanochat.data.tokenizer.BPE", "vocab_size": 300})
     data = instantiate({**node, "cache_dir": str(cache)}, tokenizer=spec)
-    data.prepare_data()
+    data.setup()
     assert data.vocab_size == 300
     again = instantiate({**node, "cache_dir": str(cache)}, tokenizer=data.tokenizer)
-    again.prepare_data()
+    again.setup()
     assert np.array_equal(again._shards.train.tokens, data._shards.train.tokens)
 
 

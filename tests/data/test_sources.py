@@ -280,6 +280,7 @@ def test_a_class_of_ones_own_is_a_corpus(tmp_path):
         sources.build(name, [], "data.paths", {"strat": 5})
     data = DataModule(corpus=name, options={"start": 60}, tokenizer=Byte(), seq_len=16, cache_dir=str(tmp_path))
     data.prepare_data()
+    data.setup()
     assert "countdown" in data.folder
     assert data.header["corpus"] == "countdown"
     splits = data.header["splits"]

@@ -18,6 +18,7 @@ def checkpoint():
 
 def optimizer_of(checkpoint, **changes):
     cfg = checkpoint["hyper_parameters"]["cfg"]
+    cfg = {key: node for key, node in cfg.items() if key != "collider"}  # its class has moved; it owns no parameters
     return NanoChatModule({**cfg, "optim": {**cfg["optim"], **changes}}).configure_optimizers()
 
 

@@ -35,21 +35,3 @@ def validation_due(trainer: Trainer) -> bool:
     if not trainer.enable_validation or not isinstance(interval, int) or not trainer.global_step:
         return False
     return trainer.global_step * trainer.accumulate_grad_batches % interval == 0
-
-
-class PendingValidation(Callback):
-    """Makes up for the validation that a resumed run was stopped in: checkpoints are saved before it.
-
-    Lightning itself goes on to the next batch.
-    """
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not validation_due(trainer):
-            return
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        loop.restarting = False
-        trainer.validating = True
-        try:
-            loop.run()
-        finally:
-            trainer.training = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,12 @@ import torch
 from lightning import LightningModule, Trainer
 
 from nanochat.errors import UserError
-from nanochat.files import atomic_write
-from nanochat.run_folder import point_latest
+from nanochat.files import replacing
+from nanochat.run_folder import point_latest, step_checkpoints
 from nanochat.training.callbacks.base import StepCallback, validation_due
 from nanochat.training.callbacks.guard import NonFiniteGuard
 
 log = logging.getLogger(__name__)
-
-STEP_FILE = re.compile(r"step=(\d+)\.ckpt")
 
 
 class Checkpoint(StepCallback):
@@ -33,8 +30,9 @@ class Checkpoint(StepCallback):
             one.
         keep: how many `step=N.ckpt` stay; None keeps all.
 
-    A file is written aside, synced and renamed: whatever kills the run, `last.ckpt` is whole. Weights that are not
-    finite are never saved.
+    A file is written aside, synced and renamed: whatever kills the run, `last.ckpt` is whole. It is a hard link of the
+    newest `step=N.ckpt`, which costs no space; with keep=1 it is a copy, so that damage to one file always leaves
+    another. Weights that are not finite are never saved.
 
     Raises:
         UserError: the folder cannot be written (full, read-only); the files that were there are untouched.
@@ -64,7 +62,7 @@ class Checkpoint(StepCallback):
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         self._boundary = True
         self._due = self._due or step % self.every_n_train_steps == 0 or validation_due(trainer)
-        # dropped steps may be the beginning of a divergence, and what is gone back to should lie before it
+        # dropped steps may begin a divergence, and the checkpoint to return to should lie before it
         dropping = any(isinstance(c, NonFiniteGuard) and c.streak for c in trainer.callbacks)  # type: ignore[attr-defined]
         if step >= trainer.max_steps >= 0 or trainer.should_stop or (self._due and not dropping):
             self.save(trainer)
@@ -93,21 +91,19 @@ class Checkpoint(StepCallback):
         if not all(bool(torch.isfinite(p).all()) for p in trainer.lightning_module.parameters()):
             log.warning("Step %d is not saved: its weights are not finite.", step)
             return
-        content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         folder = self._folder(trainer)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             newest = folder / f"step={step}.ckpt"
-            with atomic_write(newest) as file:
-                torch.save(content, file)
-            _repeat(newest, folder / "last.ckpt")
+            trainer.save_checkpoint(newest)
+            _repeat(newest, folder / "last.ckpt", link=self.keep != 1)
             self._prune(folder, step)
         except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
             cause = error if isinstance(error, OSError) else error.__context__
             reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).split("\n")[0]
             raise UserError(
-                f"step {step} cannot be saved in {folder}: {reason}; free some space or make it writable, and go on "
-                "with ckpt_path=auto from the checkpoint before."
+                f"step {step} cannot be saved in {folder}: {reason}; free some space or make it writable, and resume "
+                "from the checkpoint before with ckpt_path=auto."
             ) from error
         if not self._linked:
             with contextlib.suppress(OSError):  # a convenience only
@@ -116,24 +112,19 @@ class Checkpoint(StepCallback):
         self._saved = step
 
     def _prune(self, folder: Path, step: int) -> None:
-        """Remove all but the newest; later steps are of a future that was given up by going back."""
-        found = {int(m[1]): path for path in folder.iterdir() if (m := STEP_FILE.fullmatch(path.name))}
-        kept = sorted(number for number in found if number <= step)
-        kept = kept if self.keep is None else kept[-self.keep :]
+        """Remove all but the newest; later steps are of an attempt that was given up for an earlier checkpoint."""
+        found = step_checkpoints(folder)
+        kept = [number for number in found if number <= step][: self.keep]
         for number, path in found.items():
             if number not in kept:
                 path.unlink(missing_ok=True)
 
 
-def _repeat(source: Path, target: Path) -> None:
-    """Make target the same file as source, atomically; a copy where the file system has no hard links."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    aside.unlink(missing_ok=True)
-    try:
-        os.link(source, aside)
-    except OSError:
-        with source.open("rb") as whole, atomic_write(target) as file:
-            shutil.copyfileobj(whole, file)
-        return
-    os.replace(aside, target)
-    aside.unlink(missing_ok=True)  # renaming onto another name of the same file leaves both
+def _repeat(source: Path, target: Path, link: bool) -> None:
+    """Make target the same file as source, or a copy; a copy too where the file system has no hard links."""
+    with replacing(target) as aside:
+        if link:
+            with contextlib.suppress(OSError):
+                os.link(source, aside)
+                return
+        shutil.copyfile(source, aside)

@@ -82,7 +82,7 @@ class TextSampler(Callback):
         loss = trainer.callback_metrics.get("val/loss")
         parts = [heading] if loss is None else [heading, f"val/loss {float(loss):.4f}\n"]
         parts += [
-            f"Prompt: {prompt!r}\n\n{_fenced(prompt + text)}\n" for prompt, text in zip(prompts, texts, strict=True)
+            f"Prompt: {prompt!r}\n\n{fenced(prompt + text)}\n" for prompt, text in zip(prompts, texts, strict=True)
         ]
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -104,7 +104,7 @@ class TextSampler(Callback):
         return list(dict.fromkeys(data.tokenizer.decode(start) for start in starts))  # type: ignore[attr-defined]
 
 
-def _fenced(text: str) -> str:
+def fenced(text: str) -> str:
     """A block of Markdown code that the text cannot end."""
     fence = "```"
     while fence in text:

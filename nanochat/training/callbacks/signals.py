@@ -85,7 +85,7 @@ class Signals(StepCallback):
             if isinstance(callback, Checkpoint) and trainer.state.fn == "fit":
                 callback.save(trainer)
         log.warning(
-            "Stopped by %s after step %d; go on with: nanochat train --resume %s",
+            "Stopped by %s after step %d; resume with: nanochat train --resume %s",
             signal.Signals(self.received).name,
             trainer.global_step,
             shown(Path(trainer.default_root_dir)),

@@ -59,7 +59,7 @@ class Throughput(StepCallback):
         self._paused = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._paused:  # the clock starts anew, as it were before this batch was waited for
+        if self._paused:  # restart the clock at the moment before this batch was waited for
             waited = _wait_seconds(trainer)
             self._since = time.perf_counter() - (waited - self._waited)
             self._paused = False
@@ -85,8 +85,8 @@ def _wait_seconds(trainer: Trainer) -> float:
 
 
 def flops_per_token(gpt: Any) -> float:
-    """Operations of forward and backward per token: 6 per weight of a matrix and 12 d T per layer for attention (PaLM,
-    arXiv:2204.02311, appendix B); the embedding's look-up is free, the output matrix is not."""
+    """Training FLOPs per token: 6 per weight of a matrix and 12 d T per layer for attention (PaLM, arXiv:2204.02311,
+    appendix B); the embedding's lookup is free, the lm_head is not."""
     config = gpt.config
     matrices = sum(p.numel() for name, p in gpt.named_parameters() if p.ndim == 2 and name.startswith("blocks."))
     return 6.0 * (matrices + config.vocab_size * config.dim) + 12.0 * config.n_layers * config.dim * config.seq_len

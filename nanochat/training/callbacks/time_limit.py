@@ -23,7 +23,7 @@ class TimeLimit(StepCallback):
     """
 
     def __init__(self, max_time: str | timedelta | dict[str, int]) -> None:
-        self.seconds = Timer(duration=max_time)._duration or 0.0
+        self.seconds = Timer(duration=max_time).time_remaining() or 0.0
         self._before = 0.0
         self._start = 0.0
 

@@ -1,4 +1,4 @@
-"""Which checkpoints a run may go on from, and what it says of the others."""
+"""Which checkpoints a run may be resumed from, and what is said of the others."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_damaged_foreign_and_newer_files(place: Path, saved: Path, tmp_path: Pat
     whole = saved.read_bytes()
     for size in (0, 10, 5_000, len(whole) // 2, len(whole) - 100):
         (tmp_path / "cut.ckpt").write_bytes(whole[:size])
-        with pytest.raises(UserError, match="cannot be read"):
+        with pytest.raises(UserError, match="truncated, damaged, or not"):
             check_resume(tmp_path / "cut.ckpt", plain(place))
     content = torch.load(saved, weights_only=True)
     for change, message in (

@@ -1,0 +1,35 @@
+"""The link to the latest run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nanochat.run import train
+from nanochat.run_folder import point_latest
+from tests.runs import configure
+from tests.training.callbacks.short_runs import BARE
+
+
+def test_latest_is_the_run_that_was_resumed(tmp_path: Path) -> None:
+    place, outputs = tmp_path, tmp_path / "outputs"
+    settings = [*BARE, "trainer.max_steps=1"]
+    for name in ("one", "two"):
+        train(configure(place, settings), outputs / name)
+    assert os.readlink(outputs / "latest") == "two"
+    train(configure(place, [*settings, "trainer.max_steps=2", "ckpt_path=last"]), outputs / "one")
+    assert os.readlink(outputs / "latest") == "one"
+
+
+def test_latest_stays_out_of_other_folders(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "run").mkdir(parents=True)
+    point_latest(tmp_path / "elsewhere" / "run")
+    assert not list(tmp_path.rglob("latest"))
+    for name in ("one", "two"):
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+        point_latest(tmp_path / "outputs" / name)
+        assert os.readlink(tmp_path / "outputs" / "latest") == name
+    (tmp_path / "outputs" / "latest").unlink()
+    (tmp_path / "outputs" / "latest").mkdir()
+    point_latest(tmp_path / "outputs" / "one")
+    assert not (tmp_path / "outputs" / "latest").is_symlink()
