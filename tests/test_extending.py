@@ -93,7 +93,7 @@ def test_a_resume_is_exact(project: Path) -> None:
     shutil.copytree(project / "run", killed)
     (killed / "checkpoints" / "step=6.ckpt").unlink()
     shutil.copy(killed / "checkpoints" / "step=3.ckpt", killed / "checkpoints" / "last.ckpt")
-    run("nanochat train --resume killed", project)
+    run("nanochat train --resume killed --trust", project)
     same(read_state(project / "run"), read_state(killed))
     assert read_metrics(project / "run") == read_metrics(killed)
 
@@ -202,6 +202,13 @@ def test_the_flag_may_stand_anywhere_and_the_search_path_does_as_well(
     assert refused(capfd, "+probe=on", "--config-dir", "conf", "probe.weight=-1") == expected
     path = f"hydra.searchpath=[file://{importable}/conf]"
     assert refused(capfd, "+probe=on", "probe.weight=-1", path) == expected
+
+
+def test_a_resume_names_what_it_would_run(importable: Path, capfd: pytest.CaptureFixture) -> None:
+    err = refused(capfd, "--resume", "run")
+    for name in ("verses.objectives.Probe", "verses.callbacks.Heartbeat", "verses.rules.Sign", "verses.corpora.Verses"):
+        assert f"={name} is neither nanochat's nor named by your own options" in err
+    assert "verses" not in sys.modules
 
 
 def test_inside_of_nanochat_each_is_one_file_and_one_yaml(tmp_path: Path) -> None:
