@@ -1,14 +1,16 @@
 """Comparisons with other projects: with small stand-ins that have the calls of the real ones."""
 
 import json
+import math
 import os
 
 import pytest
 import torch
 
 import nanochat.cli
-from nanochat.bench import peers, step
+from nanochat.bench import equal_time, peers, step
 from nanochat.errors import UserError
+from tests.runs import words
 
 SMALL = ["model.n_layers=1", "model.dim=64", "model.n_heads=2", "model.n_kv_heads=2", "model.ffn_dim=64"]
 SHAPE = [*SMALL, "model.vocab_size=512", "model.seq_len=32"]
@@ -158,3 +160,40 @@ def test_a_peer_that_dies(tmp_path):
         peers.open_arms([one], False, load),
     ):
         pass
+
+
+def test_equal_time(clones, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(peers, "DTYPES", ("float32",))
+    argv = [f"--peer={clones['karpathy']}", "--seconds", "1", "--json", *words(tmp_path)]
+    assert equal_time.main(argv) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    ours, peer = runs["ours"], runs["karpathy"]
+    assert ours["tokens"] == ours["steps"] * 2 * 32
+    assert 0 < ours["seconds"] < 3
+    assert peer["tokens"] == peer["steps"] * 2 * 32
+    assert 1.0 <= peer["seconds"] < 3
+    # the stand-in's logits are all zero: it knows nothing, whatever it sees
+    assert peer["nats_per_token"] == pytest.approx(math.log(257), rel=1e-5)
+    # both were validated on the same targets of as many bytes
+    assert ours["nats_per_token"] / ours["bits_per_byte"] == pytest.approx(
+        peer["nats_per_token"] / peer["bits_per_byte"], rel=1e-6
+    )
+    assert ours["nats_per_token"] < peer["nats_per_token"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["trainer.max_time='00:00:01:00'"], "--seconds for the time"),
+        (["data=synthetic"], "needs a text"),
+        (["model.n_layer=1"], "did you mean 'model.n_layers'"),
+    ],
+)
+def test_equal_time_s_mistakes(overrides, said, clones):
+    with pytest.raises(UserError, match=said):
+        equal_time.main([f"--peer={clones['karpathy']}", "--seconds", "1", *overrides])
+
+
+def test_equal_time_needs_a_peer():
+    with pytest.raises(UserError, match="--peer"):
+        equal_time.main(["--seconds", "1"])

@@ -13,6 +13,7 @@ An answer {"error": sentence} stands for what went wrong; `missing` is true wher
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -86,8 +87,8 @@ class Karpathy:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         import torch
-        from nanochat import gpt
 
+        gpt = importlib.import_module("nanochat.gpt")
         if not hasattr(gpt, "GPTConfig") or not hasattr(gpt.GPT, "setup_optimizer"):
             raise Missing("its nanochat.gpt has no GPT with setup_optimizer")
         shape = spec["shape"]

@@ -1,6 +1,6 @@
 """`nanochat bench step`: training speed at the shapes of the presets, where the time goes, and Lightning's share.
 
-With `--peer NAME=PATH`: our step as a run starts it beside other projects' steps, in one run with the rounds interleaved.
+With `--peer NAME=PATH`: our step as a run starts it beside those of other projects, with the rounds interleaved.
 """
 
 from __future__ import annotations
@@ -184,8 +184,13 @@ def show_peers(preset: str, optim: str, threads: int, figures: dict[str, Any]) -
     """Print the comparison of one preset."""
     best = figures["best"].values()
     rows = [
-        [name, f"{arm['parameters'] / 1e6:,.1f}M", f"{arm['tokens_per_second']:,.0f}", f"{arm['ours_over_this']:.2f}x"]
-        + ["yes" if name in best else ""]
+        [
+            name,
+            f"{arm['parameters'] / 1e6:,.1f}M",
+            f"{arm['tokens_per_second']:,.0f}",
+            f"{arm['ours_over_this']:.2f}x",
+            "yes" if name in best else "",
+        ]
         for name, arm in figures["arms"].items()
     ]
     settled = ", ".join(f"{key}={value}" for key, value in figures["ours"].items())
