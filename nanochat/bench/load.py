@@ -246,6 +246,7 @@ def main(argv: list[str]) -> int:
         "lost": len(found.lost),
         "refused": found.refused,
         "faults": dict(found.faults),
+        "examples": [*found.wrong[:3], *found.lost[:3]],
         "memory_growth": found.growth,
         "latency_p50_ms": 1000 * percentile(found.latencies, 0.5),
         "latency_p95_ms": 1000 * percentile(found.latencies, 0.95),
@@ -254,9 +255,11 @@ def main(argv: list[str]) -> int:
     }
     passed = found.right > 0 and not found.wrong and not found.lost and not found.grew and after < 3 * before + 0.1
     if not options.json:
-        rows = [[name.replace("_", " "), value] for name, value in figures.items() if name != "faults"]
+        rows = [
+            [name.replace("_", " "), value] for name, value in figures.items() if name not in ("faults", "examples")
+        ]
         rows += [[f"fault: {name}", times] for name, times in found.faults.items()]
-        notes = [*found.wrong[:3], *found.lost[:3], "all is well." if passed else "NOT WELL."]
+        notes = [*figures["examples"], "all is well." if passed else "NOT WELL."]
         show(f"{options.seconds:g} seconds of load with faults", ["what", "figure"], rows, notes)
     report({**figures, "passed": passed}, options.json)
     return 0 if passed else 1
