@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +140,14 @@ async def fault(place: Place, draw: random.Random, found: Outcome) -> None:
             writer.close()
 
 
-def stopped_client(place: Place, lasting: float) -> None:
-    """A process that asks again and again; its parent stops and continues it."""
+def stopped_client(place: Place) -> None:
+    """A process that asks until it is killed; its parent stops and continues it."""
 
     async def ask() -> None:
-        end = time.monotonic() + lasting
-        while time.monotonic() < end:
+        while True:
             with contextlib.suppress(OSError):
                 await answer(place, [7, 8, 9])
+            await asyncio.sleep(0.02)
 
     asyncio.run(ask())
 
@@ -167,7 +168,9 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def load(place: Place, lasting: float, clients: int, stopped: int, seed: int = 0) -> tuple[Outcome, float, float]:
+async def load(
+    place: Place, lasting: float, clients: int, stopped: BaseProcess, seed: int = 0
+) -> tuple[Outcome, float, float]:
     """Run it; returns what was seen, and the latency of a lone request before and one second after."""
     draw, found = random.Random(seed), Outcome()
     known = {tuple(draw.randrange(1, 256) for _ in range(2 + 5 * index)): "" for index in range(PROMPTS)}
@@ -191,7 +194,8 @@ async def load(place: Place, lasting: float, clients: int, stopped: int, seed: i
             tasks.create_task(repeat(honest, known, draw))
             tasks.create_task(repeat(fault, draw))
         tasks.create_task(watch())
-        tasks.create_task(stop_and_continue(stopped, end, draw, found))
+        tasks.create_task(stop_and_continue(stopped.pid or 0, end, draw, found))
+    stopped.kill()
     await asyncio.sleep(1.0)
     # a neighbour on the machine may disturb one of them
     return found, before, min([await lone(place) for _ in range(3)])
@@ -232,11 +236,10 @@ def main(argv: list[str]) -> int:
         arguments = [str(path), "--backend", options.backend, "--parallel", str(options.parallel)]
         with server_process(arguments) as place:
             context = multiprocessing.get_context("spawn")
-            client = context.Process(target=stopped_client, args=(place, options.seconds), daemon=True)
+            client = context.Process(target=stopped_client, args=(place,), daemon=True)
             client.start()
-            assert client.pid is not None
             try:
-                found, before, after = asyncio.run(load(place, options.seconds, options.clients, client.pid))
+                found, before, after = asyncio.run(load(place, options.seconds, options.clients, client))
             finally:
                 client.kill()
                 client.join()
@@ -246,6 +249,7 @@ def main(argv: list[str]) -> int:
         "lost": len(found.lost),
         "refused": found.refused,
         "faults": dict(found.faults),
+        "examples": [*found.wrong[:3], *found.lost[:3]],
         "memory_growth": found.growth,
         "latency_p50_ms": 1000 * percentile(found.latencies, 0.5),
         "latency_p95_ms": 1000 * percentile(found.latencies, 0.95),
@@ -254,9 +258,11 @@ def main(argv: list[str]) -> int:
     }
     passed = found.right > 0 and not found.wrong and not found.lost and not found.grew and after < 3 * before + 0.1
     if not options.json:
-        rows = [[name.replace("_", " "), value] for name, value in figures.items() if name != "faults"]
+        rows = [
+            [name.replace("_", " "), value] for name, value in figures.items() if name not in ("faults", "examples")
+        ]
         rows += [[f"fault: {name}", times] for name, times in found.faults.items()]
-        notes = [*found.wrong[:3], *found.lost[:3], "all is well." if passed else "NOT WELL."]
+        notes = [*figures["examples"], "all is well." if passed else "NOT WELL."]
         show(f"{options.seconds:g} seconds of load with faults", ["what", "figure"], rows, notes)
     report({**figures, "passed": passed}, options.json)
     return 0 if passed else 1
