@@ -8,6 +8,7 @@ own (an MTP head) under `objectives.`. Neither Hydra nor Lightning is needed to 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import textwrap
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nanochat import run_lock
 from nanochat.errors import UserError
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
@@ -29,6 +31,8 @@ from nanochat.run_folder import find_checkpoint
 
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = 1
 """value of a checkpoint's `nanochat_format` key; a reader refuses greater ones"""
@@ -165,7 +169,7 @@ def build_gpt(config: GPTConfig, weights: dict[str, Tensor], source: str | Path 
 
 
 def load_run(path: str | Path, which: str | int = "last", device: str | torch.device = "cpu") -> Run:
-    """Read a trained model.
+    """Read a trained model; a warning says so when its run is still training.
 
     Args:
         path: a run folder, a link to one (`outputs/latest`), or a `.ckpt` file.
@@ -195,6 +199,9 @@ def load_run(path: str | Path, which: str | int = "last", device: str | torch.de
         "step": checkpoint.get("global_step", 0),
         "hyper_parameters": checkpoint.get("hyper_parameters", {}),
     }
+    if run_lock.owner(folder) is not None:
+        steps = ((meta["hyper_parameters"].get("cfg") or {}).get("trainer") or {}).get("max_steps", "?")
+        log.warning("%s is still running: this is step %s of %s.", folder, meta["step"], steps)
     return Run(folder, checkpoint_path, gpt, config, objectives, meta)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from nanochat import run_lock
 from nanochat.config.check import check
 from nanochat.config.compose import plain_values
 from nanochat.data import DataModule
 from nanochat.device import default_precision, find_device
-from nanochat.errors import UserError
+from nanochat.errors import DivergedError, UserError
 from nanochat.files import atomic_write
 from nanochat.reports.card import Report
+from nanochat.reports.header import Header
 from nanochat.training.callbacks.guard import NonFiniteError
 from nanochat.training.callbacks.pending_validation import PendingValidation
 from nanochat.training.callbacks.progress import ProgressBar
@@ -46,6 +50,8 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
     Raises:
         ConfigError, UserError: before anything is built or written, or when the data, the machine or a checkpoint
             cannot be used.
+        InUseError: another process trains in the folder.
+        DivergedError: the last validation found no finite loss.
         SystemExit: 130 or 143, when a signal ended the run after it was saved.
     """
     check(cfg)
@@ -58,12 +64,17 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
     data.setup("fit")
     fit_vocabulary(plain, data)
     model_config(plain)  # an impossible network is refused before anything is written
-    checkpoint = checkpoint_to_resume(folder, plain["ckpt_path"])
-    if checkpoint is not None:
-        check_resume(checkpoint, plain)
-    write_run_files(folder, cfg, plain, data)
+    with run_lock.hold(folder, try_later=plain["ckpt_path"] == "auto"):
+        checkpoint = checkpoint_to_resume(folder, plain["ckpt_path"])
+        if checkpoint is not None:
+            check_resume(checkpoint, plain)
+        write_run_files(folder, cfg, plain, data)
+        return fit(folder, plain, data, checkpoint)
 
-    report = Report(folder, plain, data)
+
+def fit(folder: Path, plain: dict[str, Any], data: DataModule, checkpoint: Path | None) -> dict[str, float]:
+    """Train from a checkpoint, or from the start, to the report; returns and raises as `train`."""
+    report, header = Report(folder, plain, data), Header(plain, data)
     trainer: Trainer | None = None
     loggers: list[Any] = []
     rate_scale = 1.0
@@ -71,7 +82,7 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
         loggers = build_loggers(plain)
         while True:
             module = NanoChatModule(plain, rate_scale)
-            trainer = build_trainer(plain, folder, loggers)
+            trainer = build_trainer(plain, folder, loggers, [header])
             try:
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
                 break
@@ -82,6 +93,7 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
                 data = build_data(plain)
         if trainer.enable_validation and module.validated_at != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
+        check_finite(trainer)
         return report.finish(trainer, module)
     except SystemExit as error:
         report.abort(trainer, error)
@@ -93,6 +105,17 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
         raise
     finally:
         clean_up(loggers)
+
+
+def check_finite(trainer: Trainer) -> None:
+    """Raise `DivergedError` when the last validation found no finite loss."""
+    for name in ("val/bpb", "val/loss"):
+        value = float(trainer.callback_metrics.get(name, 0.0))
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"training has diverged: the last {name} is {value}; lower optim.lr, lengthen schedule.warmup_steps, or "
+                "set trainer.gradient_clip_val."
+            )
 
 
 def quieten() -> None:
@@ -173,8 +196,8 @@ def write_run_files(folder: Path, cfg: DictConfig, plain: dict[str, Any], data: 
         raise UserError(f"the run folder {folder} cannot be written: {error.strerror}.") from error
 
 
-def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any]) -> Trainer:
-    """The Trainer with the configured callbacks, and the features that are callbacks."""
+def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any], further: Sequence[Callback] = ()) -> Trainer:
+    """The Trainer with the configured callbacks, the features that are callbacks, and further ones."""
     nodes = {**(plain.get("callbacks") or {}), **feature_nodes(plain, Callback)}
     options = dict(plain["trainer"])
     bar, limit = options.pop("enable_progress_bar", True), options.pop("max_time", None)
@@ -185,7 +208,7 @@ def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any]) -> Tr
     if not bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     # the time limit comes before what saves, a pending validation after what records it
-    callbacks = [*([TimeLimit(limit)] if limit else []), *callbacks, PendingValidation()]
+    callbacks = [*([TimeLimit(limit)] if limit else []), *callbacks, *further, PendingValidation()]
     return instantiate(
         options,
         callbacks=callbacks,

@@ -53,7 +53,7 @@ def exit_code(jobs: Sequence[Job]) -> int:
     errors = [job.error for job in jobs if job.error is not None]
     if not errors:
         return 0
-    return 2 if all(isinstance(error, UserError) for error in errors) else 1
+    return 2 if all(isinstance(error, UserError) and error.exit_code == 2 for error in errors) else 1
 
 
 def report(jobs: Sequence[Job], folder: Path) -> None:
