@@ -13,6 +13,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("nanochat.launch:main", "train a model, or go on with a run: --resume RUN"),
     "compare": ("nanochat.studies.cli:main", "does a technique pay here? matched runs, paired seeds, one table"),
     "generate": ("nanochat.inference.cli:main", "text from a trained model"),
+    "serve": ("nanochat.serve.cli:main", "a chat page and an OpenAI-compatible server for trained models"),
+    "chat": ("nanochat.serve.chat:main", "talk to a trained model in the terminal"),
     "export": ("nanochat.export.cli:export_main", "write a trained model for other programs, such as llama.cpp"),
     "verify": ("nanochat.export.cli:verify_main", "compare an exported file with its run"),
     "import": ("nanochat.export.cli:import_main", "read an exported file back as a run"),

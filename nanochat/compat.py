@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-if TYPE_CHECKING:  # the model, which uses this file too, needs neither of them
+if TYPE_CHECKING:  # launching needs nothing of torch, the model nothing of the others
     from hydra.core.utils import JobReturn
     from lightning import Trainer
+    from torch import Tensor
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) int8 @ b (K, N) int8 -> (M, N) int32, exact. torch has no public product of int8 matrices."""
+    import torch
+
     return torch._int_mm(a, b)  # type: ignore[attr-defined]
 
 

@@ -1,34 +1,32 @@
-"""What the commands share: options that are checked as they are read, and tables."""
+"""What the commands share: options that are checked as they are read."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
-
-from rich.console import Console
-from rich.table import Table
+from typing import NoReturn
 
 from nanochat.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's options, with `--json`; a mistake is a `UserError` of one sentence (exit code 2).
+    """A command's options; a mistake is a `UserError` of one sentence (exit code 2).
 
     Args:
         verb: the words after `nanochat`.
         description: what `--help` says first.
         repeats: default of `--repeats`; None leaves out the options of a timing, `--repeats` and `--threads`.
+        as_json: with `--json`.
     """
 
-    def __init__(self, verb: str, description: str | None, repeats: int | None = None) -> None:
+    def __init__(self, verb: str, description: str | None, repeats: int | None = None, *, as_json: bool = True) -> None:
         super().__init__(prog=f"nanochat {verb}", description=description, allow_abbrev=False)
         if repeats is not None:
             self.add_argument("--repeats", type=count, default=repeats, help=f"rounds of each arm ({repeats})")
             self.add_argument("--threads", type=count, default=1, help="threads of torch (1)")
-        self.add_argument("--json", action="store_true", help="print the figures as JSON")
+        if as_json:
+            self.add_argument("--json", action="store_true", help="print the figures as JSON")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}{'' if message.endswith(('.', '?')) else '.'}")
@@ -51,7 +49,15 @@ def _whole(text: str, low: int) -> int:
     return int(text)
 
 
-def duration(text: str) -> float:
+def number(text: str) -> float:
+    """Option type: a finite number."""
+    value = _number(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} must be a number")
+    return value
+
+
+def seconds(text: str) -> float:
     """Option type: seconds, more than 0."""
     value = _number(text)
     if not 0.0 < value < math.inf:
@@ -91,14 +97,8 @@ def some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
     return lambda text: list(dict.fromkeys(check(name) for name in text.split(",")))
 
 
-def show(title: str, columns: list[str], rows: list[list[Any]], notes: list[str] | None = None) -> None:
-    """Print a table."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0)
-    for row in rows:
-        table.add_row(*[f"{cell:,.3g}" if isinstance(cell, float) else str(cell) for cell in row])
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    for note in notes or []:
-        console.print(note, highlight=False)
+def clock_time(seconds: float) -> str:
+    """A duration to read: 3725 -> "1:02:05"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

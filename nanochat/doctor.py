@@ -19,9 +19,10 @@ import torch
 from lightning import LightningModule, Trainer
 
 from nanochat.config.compose import compose
-from nanochat.console import Parser, duration, show
+from nanochat.console import Parser, seconds
 from nanochat.data.random_tokens import RandomTokens
 from nanochat.device import find_device
+from nanochat.reports.table import show
 from nanochat.run import build_trainer, quieten, settle
 from nanochat.training.callbacks.base import StepCallback
 from nanochat.training.module import NanoChatModule, model_config
@@ -163,7 +164,7 @@ def writable(folder: Path) -> str:
 def main(argv: list[str]) -> int:
     """Print what was found; exit code 1 when the smoke test fails or does not learn."""
     parser = Parser("doctor", __doc__)
-    parser.add_argument("--seconds", type=duration, default=SMOKE_SECONDS, help="length of the training smoke test")
+    parser.add_argument("--seconds", type=seconds, default=SMOKE_SECONDS, help="length of the training smoke test")
     options = parser.parse_args(argv)
     plain = smoke_config()
     found: dict[str, Any] = {

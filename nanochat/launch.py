@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from nanochat import run_lock
 from nanochat.compat import job_error
-from nanochat.config.check import check
-from nanochat.config.compose import hydra_settings
-from nanochat.config.hydra_errors import explain, refuse
-from nanochat.config.schema import CONF
-from nanochat.errors import UserError, print_error
+from nanochat.config.check import Checked, check
+from nanochat.config.compose import check_overrides, hydra_settings
+from nanochat.config.hydra_errors import explain
+from nanochat.config.overrides import COMPOSING, RESUME, Overrides
+from nanochat.config.renamed import rename_targets
+from nanochat.config.schema import CONF, sweep_folder
+from nanochat.errors import UserError, did_you_mean, print_error
 from nanochat.files import quoted
 from nanochat.reports import sweep
 
@@ -54,11 +54,13 @@ class _Launch:
     started: bool = False
     made: list[Path] = field(default_factory=list)
     """folders that did not exist before, the run's own first"""
+    checked: Checked | None = None
+    """the configuration of a single run"""
     sweep_folder: Path | None = None
     jobs: list[sweep.Job] = field(default_factory=list)
 
 
-_launch = _Launch()
+_launch = _Launch()  # global, since it is Hydra that makes the hooks, from the name of their class
 
 
 class Hooks(Callback):
@@ -72,11 +74,7 @@ class Hooks(Callback):
             with hydra_settings(config) as cfg:
                 folder = Path(HydraConfig.get().runtime.output_dir)
                 _launch.made = [path for path in (folder, *folder.parents) if not path.exists()]
-                logging.disable(logging.WARNING)  # run.train checks again, and then what is logged reaches train.log
-                try:
-                    check(cfg)
-                finally:
-                    logging.disable(logging.NOTSET)
+                _launch.checked = check(cfg)
                 _check_folder(folder)
                 run_lock.check_free(folder, try_later=cfg.ckpt_path == "auto")
         except UserError as error:
@@ -95,16 +93,19 @@ class Hooks(Callback):
         _launch.started = True
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if _launch.sweep_folder is None:
-            return
         assert job_return.hydra_cfg is not None
         settings = job_return.hydra_cfg.hydra
+        if settings.mode != RunMode.MULTIRUN:
+            return
         failed = job_return.status is JobStatus.FAILED
         error = job_error(job_return) if failed else None
         job = sweep.Job(
             int(settings.job.num), list(job_return.overrides or []), Path(settings.runtime.output_dir), error
         )
-        _launch.jobs.append(job)
+        if _launch.sweep_folder is None:  # a launcher has started this job in a process of its own
+            job.record(sweep_folder(settings))
+        else:
+            _launch.jobs.append(job)
         if error is not None and not isinstance(error, UserError):
             traceback.print_exception(error)
 
@@ -113,7 +114,7 @@ def _check_folder(folder: Path) -> None:
     """Raise `UserError` when the run's folder cannot be written."""
     place = next(path for path in (folder, *folder.parents) if path.exists())
     if not place.is_dir():
-        raise UserError(f"hydra.run.dir={folder} is no folder: {place} is a file.")
+        raise UserError(f"hydra.run.dir={folder} is not a folder: {place} is a file.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"hydra.run.dir={folder} cannot be written: {place} is read-only; choose another folder.")
 
@@ -148,7 +149,7 @@ def _task(cfg: DictConfig) -> float | None:
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     try:
-        return train(cfg).get("val/bpb")
+        return train(_launch.checked or cfg, folder).get("val/bpb")
     except UserError as error:
         if settings.mode == RunMode.MULTIRUN:
             _discard(folder)
@@ -172,15 +173,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     global _launch
     _launch = _Launch()
-    words = list(sys.argv[1:] if argv is None else argv)
     before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     try:
-        words = resume(words)
-        words.sort(key=lambda word: word not in ("-m", "--multirun"))  # argparse loses overrides after a flag
-        refuse(words)
-        sys.argv = [before[0], *words]
+        flags, overrides = split(resume(list(sys.argv[1:] if argv is None else argv)))
+        sys.argv = [before[0], *flags, *overrides]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands us its errors instead of printing them
-        _task()
+        try:
+            _task()
+        finally:
+            if _launch.sweep_folder is not None and not _launch.jobs:
+                _launch.jobs = sweep.collect(_launch.sweep_folder)
     except UserError as error:
         if not _launch.jobs:
             print_error(error)
@@ -190,11 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, as in `train.py --cfg job | head`
         sys.stderr.close()
         return 0
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, TypeError, ValueError) as error:
+    except COMPOSING as error:
         if _launch.started or full == "1":
             raise_unless_reported(error)
         else:
-            print_error(explain(error, words, resuming="resume" in words[:2]))
+            print_error(explain(error))
             return 2
     except Exception as error:
         raise_unless_reported(error)
@@ -210,45 +212,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     return sweep.exit_code(_launch.jobs)
 
 
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Flags and overrides of a command line, wherever the flags stand; Hydra's parser wants them together.
+
+    Raises:
+        UserError: a flag that is not Hydra's, or overrides with problems.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> None:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        wrong = next((w for w in words if w.startswith("-") and w.partition("=")[0] not in known), "")
+        raise UserError(f"{wrong} is not a flag{did_you_mean(wrong, known)}" if wrong else f"{message}.")
+
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    options = parser.parse_intermixed_args(words)
+    left, flags = list(options.overrides), []
+    for word in words:
+        if left and word == left[0]:
+            left.pop(0)
+        else:
+            flags.append(word)
+    if not (options.help or options.hydra_help or options.config_path or options.shell_completion):
+        name = options.config_name or "train"
+        check_overrides(Overrides(options.overrides, name, options.config_dir, options.multirun))
+    return flags, options.overrides
+
+
 def raise_unless_reported(error: Exception) -> None:
     """Raise an error again, unless it is that of a sweep's job, which is in the table."""
-    if not any(job.error is error for job in _launch.jobs):
+    if not any(job.error is error or str(job.error) == sweep.sentence(error) for job in _launch.jobs):
         raise error
 
 
 def resume(words: list[str]) -> list[str]:
     """Turn `--resume RUN` into the arguments for Hydra that continue RUN with its own configuration.
 
-    The saved config.yaml (every value resolved) becomes the primary configuration, so that neither later changes
-    of conf/ nor the machine's `auto` change the run; further overrides of its values work.
+    The saved config.yaml (every value resolved) takes the place of the groups, so that neither later changes of
+    conf/ nor the machine's `auto` change the run; further overrides of its values work.
 
     Raises:
-        UserError: RUN is missing or is no run folder.
+        UserError: RUN is missing or is not a run folder.
     """
-    if not any(word == "--resume" or word.startswith("--resume=") for word in words):
+    place = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--resume"), None)
+    if place is None:
         return words
-    place = next(i for i, word in enumerate(words) if word == "--resume" or word.startswith("--resume="))
-    if words[place] == "--resume":
-        if len(words) == place + 1:
-            raise UserError("--resume needs the run folder, such as --resume outputs/latest.")
-        name, rest = words[place + 1], words[:place] + words[place + 2 :]
-    else:
-        name, rest = words[place].partition("=")[2], words[:place] + words[place + 1 :]
+    _, equals, name = words[place].partition("=")
+    if not equals and len(words) == place + 1:
+        raise UserError("--resume needs the run folder, such as --resume outputs/latest.")
+    name = name if equals else words[place + 1]
+    rest = words[:place] + words[place + (1 if equals else 2) :]
     if {"-m", "--multirun"} & set(rest):
         raise UserError("--resume continues one run; it does not go with --multirun.")
     folder = Path(name).resolve()
     if not folder.is_dir():
         raise UserError(f"--resume {name}: there is no such run folder.")
-    saved = _saved(folder, name)
-    train = OmegaConf.to_container(OmegaConf.load(CONF / "train.yaml"), resolve=False)
-    assert isinstance(train, dict)
-    settings = [
-        item for item in train["defaults"] if isinstance(item, dict) and next(iter(item)).startswith("override hydra")
-    ]
-    node = {"defaults": ["_self_", *settings], "hydra": train["hydra"], **saved}
-    ConfigStore.instance().store(name="resume", node=node)
-    own = [f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null", "ckpt_path=last"]
-    return ["--config-name", "resume", *own, *rest]
+    ConfigStore.instance().store(name="saved_run", node=_saved(folder, name), package="_global_")
+    return ["--config-name", RESUME, f"hydra.run.dir={quoted(folder)}", "ckpt_path=last", *rest]
 
 
 def _saved(folder: Path, name: str) -> dict[str, Any]:
@@ -261,4 +281,4 @@ def _saved(folder: Path, name: str) -> dict[str, Any]:
         raise UserError(f"--resume {name}: its config.yaml cannot be read: {error}.") from error
     if not isinstance(saved, dict) or "model" not in saved:
         raise UserError(f"--resume {name}: its config.yaml is not the configuration of a run.")
-    return {str(key): value for key, value in saved.items()}
+    return rename_targets({str(key): value for key, value in saved.items()})

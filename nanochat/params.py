@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,13 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from nanochat.config.compose import compose
-from nanochat.console import Parser, show
+from nanochat.config.vocabulary import plan_vocabulary
+from nanochat.console import Parser
 from nanochat.device import find_device
 from nanochat.export.gguf_tensors import mtp_heads
 from nanochat.optim import Optimizer
-from nanochat.run import plan_vocabulary, settle
+from nanochat.reports.table import Table
+from nanochat.run import settle
 from nanochat.training.module import NanoChatModule
 
 TQ2_0_BITS = 2.0625  # two bits a weight and a float16 scale for 256
@@ -39,6 +40,8 @@ def part_of(name: str) -> str:
         return f"{name.split('.')[1]} heads"
     if name.startswith("gpt.embedding."):
         return "embedding"
+    if name.startswith("gpt.value_embedding.") or ".attention.value." in name:
+        return "value embeddings"
     if name.startswith("gpt.head."):
         return "head"
     if "hyper_" in name:
@@ -62,7 +65,7 @@ def file_bits(name: str, parameter: Tensor, ternary: bool, heads: bool) -> float
         return 0.0
     if parameter.ndim != 2 or part == "hyper-connections":
         return 32.0
-    return TQ2_0_BITS if ternary and part not in ("embedding", "head") else EMBEDDING_BITS
+    return TQ2_0_BITS if ternary and part not in ("embedding", "head", "value embeddings") else EMBEDDING_BITS
 
 
 def planned_optimizer(cfg: dict[str, Any], module: NanoChatModule) -> Optimizer:
@@ -103,12 +106,16 @@ def count(cfg: dict[str, Any]) -> dict[str, Part]:
     return dict(parts)
 
 
-def table(parts: dict[str, Part], total: Part) -> Iterator[list[str]]:
-    """The cells of the table's rows."""
+def table(title: str, parts: dict[str, Part], total: Part) -> Table:
+    """A row for each part, and their sum."""
+    rows = []
     for name, part in (*parts.items(), ("all", total)):
         share = f"{100 * part.parameters / total.parameters:.1f}%"
         sizes = (4 * part.parameters, part.optimizer_bytes, part.file_bytes)
-        yield [name, f"{part.parameters:,}", share, *(f"{size / 1e6:,.1f}" for size in sizes)]
+        rows.append([name, f"{part.parameters:,}", share, *(f"{size / 1e6:,.1f}" for size in sizes)])
+    headings = ["part", "parameters", "share", "float32 MB", "optimizer MB", "GGUF MB (TQ2_0, Q8_0)"]
+    note = "Training holds weights, gradients (as large as the weights), the optimizer's state, and activations."
+    return Table(title, headings, rows, [note])
 
 
 def main(argv: list[str]) -> int:
@@ -135,8 +142,6 @@ def main(argv: list[str]) -> int:
         print(json.dumps(figures))
         return 0
     model = cfg["model"]
-    note = "Training holds weights, gradients (as large as the weights), the optimizer's state, and activations."
-    columns = ["part", "parameters", "share", "float32 MB", "optimizer MB", "GGUF MB (TQ2_0, Q8_0)"]
-    title = f"{model['n_layers']} layers of width {model['dim']}, {model['vocab_size']:,} words"
-    show(title, columns, list(table(parts, total)), [note])
+    title = f"{model['n_layers']} layers of width {model['dim']}, a vocabulary of {model['vocab_size']:,}"
+    table(title, parts, total).show()
     return 0

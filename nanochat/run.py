@@ -18,30 +18,31 @@ from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from nanochat import run_lock
-from nanochat.config.check import check
-from nanochat.config.compose import plain_values
+from nanochat.config.check import Checked, check
+from nanochat.config.features import feature_nodes
+from nanochat.config.vocabulary import build_data, fit_vocabulary
 from nanochat.data import DataModule
 from nanochat.device import default_precision, find_device
 from nanochat.errors import DivergedError, UserError
 from nanochat.files import atomic_write
-from nanochat.reports.card import Report
+from nanochat.reports.card import RunReport
 from nanochat.reports.header import Header
 from nanochat.training.callbacks.guard import NonFiniteError
 from nanochat.training.callbacks.pending_validation import PendingValidation
 from nanochat.training.callbacks.progress import ProgressBar
 from nanochat.training.callbacks.time_limit import TimeLimit
 from nanochat.training.checkpoint_io import WholeFileIO
-from nanochat.training.module import NanoChatModule, feature_nodes, model_config
+from nanochat.training.module import NanoChatModule, model_config
 from nanochat.training.resume import anchor_paths, check_resume, checkpoint_to_resume
 
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
+def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, float]:
     """Train what the configuration says; everything of the run lands in its folder.
 
     Args:
-        cfg: the composed configuration.
+        cfg: the composed configuration, or what `check` made of it.
         folder: the run's folder; by default the one that Hydra made.
 
     Returns:
@@ -54,10 +55,12 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
         DivergedError: the last validation found no finite loss.
         SystemExit: 130 or 143, when a signal ended the run after it was saved.
     """
-    check(cfg)
+    checked = cfg if isinstance(cfg, Checked) else check(cfg)
     quieten()
+    for warning in checked.warnings:
+        log.warning("%s", warning)
     folder = Path(HydraConfig.get().runtime.output_dir) if folder is None else Path(folder)
-    plain = settle(plain_values(cfg))
+    plain = settle(checked.values)
     lightning.seed_everything(plain["seed"], verbose=False)
 
     data = build_data(plain)
@@ -68,13 +71,13 @@ def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
         checkpoint = checkpoint_to_resume(folder, plain["ckpt_path"])
         if checkpoint is not None:
             check_resume(checkpoint, plain)
-        write_run_files(folder, cfg, plain, data)
+        write_run_files(folder, plain, data)
         return fit(folder, plain, data, checkpoint)
 
 
 def fit(folder: Path, plain: dict[str, Any], data: DataModule, checkpoint: Path | None) -> dict[str, float]:
     """Train from a checkpoint, or from the start, to the report; returns and raises as `train`."""
-    report, header = Report(folder, plain, data), Header(plain, data)
+    report, header = RunReport(folder, plain, data), Header(plain, data)
     trainer: Trainer | None = None
     loggers: list[Any] = []
     rate_scale = 1.0
@@ -125,14 +128,6 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
-def build_data(plain: dict[str, Any]) -> DataModule:
-    """The data with its tokenizer.
-
-    In two calls, since Hydra would turn the tokenizer's specification, a dataclass, into a dictionary.
-    """
-    return instantiate(plain["data"], _partial_=True, _convert_="all")(tokenizer=instantiate(plain["tokenizer"]))
-
-
 def settle(plain: dict[str, Any]) -> dict[str, Any]:
     """Decide every `auto` from the machine, and every relative path from the working folder."""
     plain = anchor_paths(plain)
@@ -148,34 +143,7 @@ def settle(plain: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def plan_vocabulary(plain: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with a number for a vocabulary of `auto`, for what works without the tokenizer itself."""
-    if plain["model"]["vocab_size"] == "auto":
-        return {**plain, "model": {**plain["model"], "vocab_size": build_data(plain).planned_vocab_size}}
-    return plain
-
-
-def fit_vocabulary(plain: dict[str, Any], data: DataModule) -> None:
-    """Give a model of vocabulary `auto` the tokenizer's; refuse a model that is too small for its tokenizer."""
-    size, model = data.vocab_size, plain["model"]
-    if model["vocab_size"] == "auto":
-        model["vocab_size"] = size
-    elif size > model["vocab_size"]:
-        raise UserError(
-            f"the tokenizer has {size} tokens, the model only model.vocab_size={model['vocab_size']}; "
-            "make the tokenizer smaller (tokenizer.vocab_size) or say model.vocab_size=auto."
-        )
-    elif size < model["vocab_size"] and size >= plain["tokenizer"].get("vocab_size", 0):
-        # where the text was too small for the tokenizer's size, the data has said so
-        log.warning(
-            "The tokenizer has %d of the model's %d tokens; the rest of the head stays unused "
-            "(model.vocab_size=auto takes the tokenizer's).",
-            size,
-            model["vocab_size"],
-        )
-
-
-def write_run_files(folder: Path, cfg: DictConfig, plain: dict[str, Any], data: DataModule) -> None:
+def write_run_files(folder: Path, plain: dict[str, Any], data: DataModule) -> None:
     """config.yaml, tokenizer.json and model.json.
 
     A resume keeps config.yaml but for the run's length: a run that was extended and then interrupted trains to its new
@@ -184,7 +152,7 @@ def write_run_files(folder: Path, cfg: DictConfig, plain: dict[str, Any], data: 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "config.yaml"
-        resolved = OmegaConf.create({k: v for k, v in plain.items() if k in cfg})
+        resolved = OmegaConf.create({k: v for k, v in plain.items() if k != "rate_scale"})
         if path.exists():
             resolved, length = OmegaConf.load(path), resolved.trainer.max_steps
             resolved.trainer.max_steps = length
@@ -198,13 +166,13 @@ def write_run_files(folder: Path, cfg: DictConfig, plain: dict[str, Any], data: 
 
 def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any], further: Sequence[Callback] = ()) -> Trainer:
     """The Trainer with the configured callbacks, the features that are callbacks, and further ones."""
-    nodes = {**(plain.get("callbacks") or {}), **feature_nodes(plain, Callback)}
+    nodes = [*(plain.get("callbacks") or {}).values(), *feature_nodes(plain, Callback).values()]
     options = dict(plain["trainer"])
     bar, limit = options.pop("enable_progress_bar", True), options.pop("max_time", None)
     if isinstance(options.get("val_check_interval"), int):
         # Lightning counts micro-batches; ours are optimizer steps
         options["val_check_interval"] *= options.get("accumulate_grad_batches", 1)
-    callbacks = [instantiate(node) for node in nodes.values() if node]
+    callbacks = [instantiate(node) for node in nodes if node]
     if not bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     # the time limit comes before what saves, a pending validation after what records it

@@ -46,6 +46,17 @@ def find_checkpoint(path: str | Path, which: str | int = "last") -> tuple[Path, 
     raise UserError(f"{folder} has no checkpoint yet: the run was stopped before its first save.")
 
 
+def read_chat_template(folder: Path) -> str | None:
+    """The Jinja text in a run's chat_template.jinja, None without one; raises `UserError` when it cannot be read."""
+    path = folder / "chat_template.jinja"
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not text'}.") from error
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
     """A run's summary.json; `{}` when there is none, or none that can be read."""
     try:

@@ -130,7 +130,7 @@ def test_both_arms_clip_and_compute_alike(monkeypatch):
             torch.nn.utils, name, lambda p, norm, *a, f=known, n=name: (clipped.append((n, norm)), f(p, norm, *a))
         )
     trunk = GPT.trunk
-    monkeypatch.setattr(GPT, "trunk", lambda self, x: precisions.append(autocast()) or trunk(self, x))
+    monkeypatch.setattr(GPT, "trunk", lambda self, *inputs: precisions.append(autocast()) or trunk(self, *inputs))
     lightning_run(monkeypatch, "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=0.5")
     assert clipped == [("clip_grad_norm_", 0.5)] * 4 + [("clip_grads_with_norm_", 0.5)] * 4
     assert precisions == [torch.bfloat16] * 8

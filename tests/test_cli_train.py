@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from nanochat import cli, launch
-from nanochat.config.check import check
+from nanochat.config.check import Checked, check
 from nanochat.errors import ConfigError, UserError
 from nanochat.reports import sweep
 
@@ -44,9 +44,11 @@ def runs(monkeypatch, tmp_path: Path) -> list[DictConfig]:
     """Replaces training; the configurations that would have been trained. The working folder is `tmp_path`."""
     seen: list[DictConfig] = []
 
-    def train(cfg: DictConfig, folder: Path | None = None) -> dict[str, float]:
-        check(cfg)
+    def train(given: DictConfig | Checked, folder: Path) -> dict[str, float]:
         place = Path(HydraConfig.get().runtime.output_dir)
+        assert folder == place
+        checked = given if isinstance(given, Checked) else check(given)
+        cfg = OmegaConf.create(checked.values)
         seen.append(cfg)
         if cfg.seed == 13:
             (place / "config.yaml").write_text("half: written\n")
@@ -58,7 +60,7 @@ def runs(monkeypatch, tmp_path: Path) -> list[DictConfig]:
         if cfg.seed == 16:
             raise SystemExit(143)
         if not (place / "config.yaml").exists():
-            OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), place / "config.yaml")
+            OmegaConf.save(cfg, place / "config.yaml")
         summary = {"val/loss": 2.0 + cfg.seed, "val/bpb": 1.0 + cfg.seed, "optim/bytes": 1024}
         (place / "summary.json").write_text(json.dumps(summary))
         return {"val/bpb": 1.0 + cfg.seed}
@@ -113,11 +115,11 @@ def test_the_folder_can_be_chosen(runs, call: Call, tmp_path: Path) -> None:
 
 
 def test_problems_stop_a_run_before_anything_is_written(runs, call: Call, tmp_path: Path) -> None:
-    code, out, err = call("+mpt=on", "model.n_heads=3")
+    code, out, err = call("+mpt=on", "seed=-1")
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert "did you mean 'mtp'" in err
-    assert "model.n_heads=3" in err
+    assert "seed=-1" in err
     assert runs == []
     assert folders(tmp_path) == []
 
@@ -171,7 +173,7 @@ def test_a_broken_file_of_ones_own(runs, call: Call, tmp_path: Path) -> None:
     (tmp_path / "own" / "model" / "mine.yaml").write_text("dim: 1\n  n_layers: [\n")
     code, _, err = call(f"hydra.searchpath=[file://{tmp_path}/own]", "model=mine")
     assert code == 2
-    assert "own/model/mine.yaml is no valid YAML at line 2" in err
+    assert "own/model/mine.yaml is not valid YAML at line 2" in err
     assert "Traceback" not in err
 
 

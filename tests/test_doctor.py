@@ -34,9 +34,9 @@ def test_device_and_precision_are_those_of_a_run(capsys, monkeypatch):
     trainer = {**known["trainer"], "accelerator": "cpu", "precision": "bf16-mixed"}
     monkeypatch.setattr(doctor, "smoke_config", lambda: {**known, "trainer": trainer, "compile": False})
 
-    def watched(self, x):
+    def watched(self, *inputs):
         seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
-        return trunk(self, x)
+        return trunk(self, *inputs)
 
     monkeypatch.setattr(GPT, "trunk", watched)
     assert doctor.main(SHORT) == 0

@@ -9,7 +9,7 @@ import torch
 import zstandard
 from hydra import compose, initialize_config_dir
 
-from nanochat.config.schema import CONF
+from nanochat.config.schema import CONF, DEFAULTS
 from nanochat.data import gpt2
 from nanochat.errors import UserError
 from nanochat.run import train
@@ -19,7 +19,6 @@ GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.n
 OPTIONS = [
     (group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml")) if path.stem != "base"
 ]
-FEATURES = ("mtp", "collider", "mhc")
 
 
 def needs(group: str, option: str, place: Path, monkeypatch) -> list[str]:
@@ -63,7 +62,7 @@ def overrides_of(group: str, option: str, place: Path, monkeypatch) -> list[str]
         own += [f"trainer.profiler.dirpath='{place}'"]
     if "galore" in option or (group == "experiment" and option in ("d20-e3-full", "large-7b")):
         own += ["optim.rank=16"]  # below the width
-    return [f"{'+' if group in FEATURES else ''}{group}={option}", *own, "trainer.max_steps=1"]
+    return [f"{'' if group in DEFAULTS else '+'}{group}={option}", *own, "trainer.max_steps=1"]
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["-".join(o) for o in OPTIONS])

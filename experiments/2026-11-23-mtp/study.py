@@ -8,9 +8,9 @@ import torch
 from omegaconf import OmegaConf
 
 from nanochat.checkpoint import load_run
+from nanochat.config.vocabulary import build_data
 from nanochat.inference import Sampling, generate_tokens, inference_copy
 from nanochat.inference.speculative import Speculator, heads_of
-from nanochat.run import build_data
 from nanochat.studies.cli import study, study_parser
 from nanochat.studies.runner import Result
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from nanochat.bench.measure import Workplace, clock, network, paired_ratio, presets, report, rounds
-from nanochat.console import Parser, count, count_or_zero, one_of, shares, show
+from nanochat.console import Parser, count, count_or_zero, one_of, shares
 from nanochat.model import GPT, GPTConfig
 from nanochat.model.compact_backward import KeptRows
 from nanochat.objectives import NextToken, Step
 from nanochat.objectives.token_filter import TopTokens, kept_count
+from nanochat.reports.table import show
 
 PARTS = ("forward", "backward", "optimizer", "step")
 PLAIN = "plain"

@@ -10,7 +10,7 @@ import torch
 
 from nanochat.bench.measure import clock, network, report
 from nanochat.checkpoint import Run, load_run
-from nanochat.console import Parser, count, show
+from nanochat.console import Parser, count
 from nanochat.data.tokenizer import Byte
 from nanochat.errors import UserError
 from nanochat.export.gguf import check_type, export_gguf
@@ -18,6 +18,7 @@ from nanochat.export.llama_cpp import RELEASE, LlamaModel, fetch
 from nanochat.export.packing import TYPES
 from nanochat.inference.engine import Decoder, inference_copy
 from nanochat.model import GPT
+from nanochat.reports.table import show
 
 PROMPT = 64  # tokens
 

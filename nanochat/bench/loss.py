@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.bench.measure import in_child, interleaved, peak_extra_bytes, report
-from nanochat.console import Parser, count, show
+from nanochat.console import Parser, count
 from nanochat.device import find_device
 from nanochat.objectives import linear_cross_entropy
+from nanochat.reports.table import show
 
 
 def _inputs(tokens: int, dim: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -20,10 +20,11 @@ from nanochat.bench.measure import (
     report,
     rounds,
 )
-from nanochat.console import Parser, count, one_of, show, some_of
+from nanochat.console import Parser, count, one_of, some_of
 from nanochat.model import GPT, GPTConfig
 from nanochat.objectives import NextToken, Step
 from nanochat.objectives.mtp import MultiTokenPrediction
+from nanochat.reports.table import show
 
 # name: (kind, further tokens, fraction; None is the default)
 ARMS: dict[str, tuple[str, int, float | None]] = {

@@ -1,10 +1,10 @@
 """`nanochat bench optim`: state bytes, step time and peak memory of every optimizer at the shapes of the presets.
 
-On a CPU, which moves matrix after matrix, one layer stands for all: it and the tables are built, each part is timed by
-itself, and the layer's figures are multiplied. On a GPU, which moves all matrices of a shape at once, the whole network
-is built. Bytes are counted in state tensors after a real step. The optimizers of a preset take turns, so that drift of
-the machine hits all alike; they share parameters and gradients, and hold their states together: about 45 bytes for each
-parameter that is built (d20-e3-full on a CPU: 86M parameters, 5 GB in all).
+On a CPU, which updates matrix after matrix, one layer stands for all: it and the tables are built, each part is timed
+by itself, and the layer's figures are multiplied. On a GPU, which updates all matrices of a shape at once, the whole
+network is built. Bytes are counted in state tensors after a real step. The optimizers of a preset take turns, so that
+drift of the machine hits all alike; they share parameters and gradients, and hold their states together: about 45 bytes
+for each parameter that is built (d20-e3-full on a CPU: 86M parameters, 5 GB in all).
 """
 
 from __future__ import annotations
@@ -32,26 +32,17 @@ from nanochat.bench.measure import (
     seconds,
 )
 from nanochat.config.compose import compose
-from nanochat.console import Parser, show, some_of
+from nanochat.console import Parser, some_of
 from nanochat.device import find_device
 from nanochat.model import GPT
 from nanochat.optim import Optimizer, build
+from nanochat.optim.build import TABLES
 from nanochat.optim.optimizer import tensor_bytes
+from nanochat.optim.rules.galore import GaLore
+from nanochat.reports.table import show
 
 PRESETS = ("test-8bit", "d20", "nano-125m", "d20-e3-full")
-OPTIMIZERS = (
-    "adamw",
-    "adamw8bit",
-    "lion",
-    "lion8bit",
-    "muon",
-    "muon8bit",
-    "galore",
-    "galore8bit",
-    "galore-muon8bit",
-    "apollo",
-)
-TABLES = ("embedding", "tied_embedding", "head")
+OPTIMIZERS = tuple(options_of("optim"))
 
 
 class Shapes:
@@ -101,9 +92,11 @@ class Shapes:
         return totals
 
 
-def _move(optimizer: Optimizer, tables: bool) -> None:
-    for group in optimizer.param_groups:
-        if (group["name"] in TABLES) == tables and optimizer.gradients_fit(group):
+def _step(optimizer: Optimizer, tables: bool) -> None:
+    """A step of the embedding and the lm_head alone, or of all other groups."""
+    groups = [group for group in optimizer.param_groups if (group["name"] in TABLES) == tables]
+    if optimizer.gradients_fit(groups):
+        for group in groups:
             optimizer.step_group(group)
 
 
@@ -122,14 +115,14 @@ def _measure(preset: str, names: list[str], repeats: int) -> dict[str, Any]:
         optimizer.step()  # states, and the first projectors
     arms = {}
     for name, optimizer in optimizers.items():
-        arms[name, "tables"] = partial(seconds, partial(_move, optimizer, tables=True))
-        arms[name, "layer"] = partial(seconds, partial(_move, optimizer, tables=False))
+        arms[name, "tables"] = partial(seconds, partial(_step, optimizer, tables=True))
+        arms[name, "layer"] = partial(seconds, partial(_step, optimizer, tables=False))
     taken = rounds(arms, repeats, say=True)
     times: dict[str, list[float]] = {}  # of the whole network, in each round
     matrices: dict[str, list[float]] = {}
     for name, optimizer in optimizers.items():
         layers = taken[name, "layer"]
-        extra = _refresh_share(optimizer, statistics.median(layers), partial(_move, optimizer, tables=False))
+        extra = _refresh_share(optimizer, statistics.median(layers), partial(_step, optimizer, tables=False))
         matrices[name] = [shapes.copies * (layer + extra) for layer in layers]
         times[name] = [tables + layer for tables, layer in zip(taken[name, "tables"], matrices[name], strict=True)]
     figures = {}
@@ -158,7 +151,7 @@ def _refresh_share(optimizer: Optimizer, ordinary: float, arm: Any) -> float:
 @contextmanager
 def every_step_refreshes(optimizer: Optimizer) -> Iterator[list[int]]:
     """Let GaLore's rules make their projectors anew at every step; yields the periods that they had."""
-    groups = [group for group in optimizer.param_groups if str(group["rule"]).startswith("galore")]
+    groups = [group for group in optimizer.param_groups if isinstance(optimizer.rules[group["rule"]], GaLore)]
     periods = [group["update_period"] for group in groups]
     for group in groups:
         group["update_period"] = 1

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from nanochat.bench.measure import clock, interleaved, report, seconds
 from nanochat.config.compose import compose
-from nanochat.console import Parser, show, some_of
+from nanochat.config.vocabulary import plan_vocabulary
+from nanochat.console import Parser, some_of
 from nanochat.data.random_tokens import RandomTokens
 from nanochat.device import autocast, find_device
 from nanochat.errors import UserError
 from nanochat.objectives import Step, linear_cross_entropy
-from nanochat.run import build_trainer, plan_vocabulary, quieten, settle
+from nanochat.reports.table import show
+from nanochat.run import build_trainer, quieten, settle
 from nanochat.training.module import NanoChatModule, model_config
 
 # preset: sequences of a micro-batch, micro-batches of a step

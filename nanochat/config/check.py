@@ -6,111 +6,110 @@ Hydra by itself accepts `+mpt=on`, and an unknown argument of a `_partial_` targ
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from nanochat.config.rules import RULES, Values
-from nanochat.config.schema import CONF, FEATURES, NODE_GROUPS, PLAIN_KEYS, TARGET_GROUPS, UNRESOLVED, choices
+from nanochat.config.features import check_names, check_types, feature_keys, is_node
+from nanochat.config.rules import PLAIN_RULES, TORCH_RULES, Values
+from nanochat.config.schema import NODE_GROUPS, TARGET_GROUPS, UNRESOLVED, Problem
 from nanochat.config.signatures import check_arguments, check_nodes
 from nanochat.config.vocabulary import settle_vocabulary
 from nanochat.errors import ConfigError, did_you_mean
 
 
-def check(cfg: DictConfig) -> None:
-    """Find every problem of a configuration; nothing is built (but on the meta device) and nothing written.
+@dataclass(frozen=True)
+class Checked:
+    """A configuration without problems."""
+
+    values: dict[str, Any]
+    """plain and resolved, the tokenizer's vocabulary size settled"""
+    warnings: list[str]
+    """what the user should know, for whoever has a log"""
+
+
+def check(cfg: DictConfig) -> Checked:
+    """The plain values of a configuration in which no problem is found.
+
+    Nothing is built but on the meta device, and nothing written. What needs torch is only looked at once all else
+    is right: importing it takes longer than everything else.
 
     Raises:
         ConfigError: with one sentence per problem: its key, its value and what is allowed.
     """
-    problems: list[str] = []
+    values = _plain_problems(cfg)
+    if not values.problems:
+        plain = values.plain
+        values.problems += check_types(plain)
+        values.problems += _check_loss(plain)
+        for key in (*TARGET_GROUPS, *NODE_GROUPS, *feature_keys(plain)):
+            values.problems += check_nodes(plain.get(key), key)
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # the run builds the same parts again, and then it has a log
+        try:
+            for rule in TORCH_RULES:
+                values.problems += list(rule(values))
+        finally:
+            logging.disable(before)
+    if values.problems:
+        raise ConfigError(list(dict.fromkeys(map(str, values.problems))))
+    return Checked(values.plain, values.warnings)
+
+
+def plain_problems(cfg: DictConfig) -> list[str]:
+    """The problems of a configuration that can be found without torch."""
+    return [str(problem) for problem in _plain_problems(cfg).problems]
+
+
+def _plain_problems(cfg: DictConfig) -> Values:
+    problems: list[Problem] = []
     plain = _resolve(cfg, "", problems)
-    assert isinstance(plain, dict)
     settle_vocabulary(plain)
-    problems += _check_top_level(plain)
-    problems += _check_loss_node(plain)
-    for group in (*TARGET_GROUPS, *NODE_GROUPS, *_features(plain)):
-        if isinstance(plain.get(group), dict):
-            problems += check_nodes(plain[group], group)
+    problems += check_names(cfg, plain)
+    problems += _check_groups(plain)
     values = Values(plain, problems)
-    for rule in RULES:
-        for problem in rule(values):
-            values.add(problem)
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+    for rule in PLAIN_RULES:
+        problems += list(rule(values))
+    return values
 
 
-def _check_loss_node(plain: dict[str, Any]) -> list[str]:
+def _check_loss(plain: dict[str, Any]) -> list[Problem]:
     loss = plain.get("loss")
-    if loss is None or loss is UNRESOLVED:
+    if loss is None:
         return []
     if not isinstance(loss, dict):
-        return [f"loss={loss!r} must be a mapping of the loss's options."]
+        return [Problem("loss", f"loss={loss!r} must be a mapping of the loss's options.")]
     from nanochat.objectives import NextToken
 
     return check_arguments(NextToken, loss, "loss", supplied={"config", "seed"})
 
 
-def _features(plain: dict[str, Any]) -> list[str]:
-    """Keys of features: ours, and groups that a user's own files add."""
-    made = choices()
-    known = (*PLAIN_KEYS, *TARGET_GROUPS, *NODE_GROUPS)
-    return [key for key in plain if key not in known and (key in FEATURES or key in made)]
-
-
-def _check_top_level(plain: dict[str, Any]) -> list[str]:
-    problems = []
-    made = choices()
-    features = _features(plain)
-    known = {*PLAIN_KEYS, *TARGET_GROUPS, *NODE_GROUPS}
-    for key in plain:
-        if key not in known and key not in features:
-            hint = did_you_mean(key, {*known, *FEATURES})
-            problems.append(f"{key} is no key of the configuration{hint}")
+def _check_groups(plain: dict[str, Any]) -> Iterator[Problem]:
     for group in TARGET_GROUPS:
         node = plain.get(group)
-        if node is UNRESOLVED:
-            continue
-        if not isinstance(node, dict) or "_target_" not in node:
+        if node is not UNRESOLVED and not is_node(node):
             given = f"{group}={node!r}" if group in plain else group
-            problems.append(f"{given} is not chosen: a run needs {group}=OPTION (see --help).")
+            yield Problem(group, f"{given} is not chosen: a run needs {group}=OPTION (see --help).")
     for group in NODE_GROUPS:
         nodes = plain.get(group)
         if nodes is None or nodes is UNRESOLVED:
             continue
         if not isinstance(nodes, dict):
-            problems.append(f"{group}={nodes!r} must be a group of named nodes; choose {group}=OPTION (see --help).")
+            text = f"{group}={nodes!r} must be a group of named nodes; choose {group}=OPTION (see --help)."
+            yield Problem(group, text)
             continue
-        targets = [name for name, node in nodes.items() if isinstance(node, dict) and "_target_" in node]
+        targets = [name for name, node in nodes.items() if is_node(node)]
         for name, node in nodes.items():
             if node is not None and node is not UNRESOLVED and name not in targets:
-                problems.append(f"{group}.{name} has no _target_{did_you_mean(str(name), targets)}")
-    for feature in features:
-        node = plain[feature]
-        if node is None or node is UNRESOLVED:
-            continue
-        if not isinstance(node, dict):
-            problems.append(f"{feature}={node!r} is no option of a group {feature}; features are +{feature}=on or off.")
-        elif "_target_" not in node:
-            problems += _check_untargeted(feature, node, made)
-    return problems
+                text = f"{group}.{name} has no _target_{did_you_mean(str(name), targets)}"
+                yield Problem(f"{group}.{name}", text)
 
 
-def _check_untargeted(feature: str, node: dict[str, Any], made: dict[str, Any]) -> list[str]:
-    """A feature that is off (where an experiment's values may be left), or one that only the model reads."""
-    path = CONF / feature / "on.yaml"
-    defined = OmegaConf.load(path) if path.is_file() else None
-    if defined is not None and "_target_" not in defined:
-        unknown = [key for key in node if key not in defined]
-        return [f"{feature}.{key} is no key of {feature}{did_you_mean(str(key), map(str, defined))}" for key in unknown]
-    if node and made and feature not in made:
-        return [f"{feature}.{next(iter(node))} is set but {feature} is not on; add +{feature}=on."]
-    return []
-
-
-def _resolve(node: Any, path: str, problems: list[str]) -> Any:
+def _resolve(node: Any, path: str, problems: list[Problem]) -> Any:
     """Plain values of a node; what cannot be resolved becomes a problem and UNRESOLVED."""
     if isinstance(node, DictConfig):
         keys: Iterable[Any] = list(node.keys())
@@ -124,12 +123,12 @@ def _resolve(node: Any, path: str, problems: list[str]) -> Any:
         try:
             child = node._get_node(key)
             if child._is_missing():  # type: ignore[union-attr]
-                problems.append(f"{name} has no value yet; give it one: {name}=...")
+                problems.append(Problem(name, f"{name} has no value yet; give it one: {name}=..."))
                 values[key] = UNRESOLVED
                 continue
             value = node[key]
         except (OmegaConfBaseException, ValueError) as error:
-            problems.append(f"{name} cannot be resolved: {_first_line(error)}.")
+            problems.append(Problem(name, f"{name} cannot be resolved: {_first_line(error)}."))
             values[key] = UNRESOLVED
             continue
         values[key] = _resolve(value, name, problems)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
-from nanochat.config.check import check
-from nanochat.config.hydra_errors import explain, refuse
-from nanochat.config.schema import CONF
-from nanochat.config.vocabulary import settle_vocabulary
+from nanochat.config.check import check, plain_problems
+from nanochat.config.hydra_errors import explain
+from nanochat.config.overrides import COMPOSING, Overrides
 from nanochat.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -38,6 +40,23 @@ def hydra_settings(cfg: DictConfig) -> Iterator[DictConfig]:
         HydraConfig.instance().cfg = before
 
 
+def check_overrides(overrides: Overrides) -> None:
+    """Find every problem of the overrides, and those of the values that the others give.
+
+    Raises:
+        ConfigError: with a sentence for each; only where an override itself is wrong.
+    """
+    try:
+        problems = overrides.check()
+        if problems:
+            with hydra_settings(overrides.compose()) as task:
+                problems += plain_problems(task)
+    except COMPOSING as error:
+        problems = overrides.problems or [explain(error)]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+
 def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The configuration of a run as plain values, for commands that do not train.
 
@@ -47,23 +66,14 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         ConfigError: when an override, or the configuration that results, has problems.
     """
-    import hydra
-
-    refuse(overrides)
+    parsed = Overrides(overrides)
+    check_overrides(parsed)
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = hydra.compose("train", list(overrides), return_hydra_config=True)
-    except Exception as error:
-        raise ConfigError(explain(error, overrides)) from error
+        cfg = parsed.compose()
+    except COMPOSING as error:
+        raise ConfigError(explain(error)) from error
     with hydra_settings(cfg) as task:
-        check(task)
-        return plain_values(task)
-
-
-def plain_values(cfg: DictConfig) -> dict[str, Any]:
-    """A checked configuration as plain values, its tokenizer's size among them."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    values = {str(key): value for key, value in plain.items()}
-    settle_vocabulary(values)
-    return values
+        checked = check(task)
+    for warning in checked.warnings:
+        log.warning("%s", warning)
+    return checked.values

@@ -1,48 +1,41 @@
-"""Rules between the fields of a configuration: small functions in `RULES`, to which a feature adds its own.
+"""Rules between the fields of a configuration: small functions in `PLAIN_RULES` and `TORCH_RULES`.
 
-A rule takes `Values` and yields sentences. It is called after every key has been compared with its target, and
-reads a value with `number`, `text` or `node`, which give None where the value is missing or already reported.
+A rule takes `Values` and yields a `Problem` for each thing that is wrong. It reads a value with `number` or `node`,
+which give None (`{}`) where the value is missing or already reported. What a constructor refuses by itself is not
+repeated here: `TORCH_RULES` call the constructors.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nanochat.config.schema import NODE_GROUPS, UNRESOLVED, set_by_user
-from nanochat.config.vocabulary import SMALLEST_VOCABULARY
+from nanochat.config.features import feature_nodes
+from nanochat.config.schema import UNRESOLVED, Problem, set_by_user
+from nanochat.config.vocabulary import SMALLEST_VOCABULARY, build_data, plan_vocabulary
 from nanochat.errors import ConfigError, UserError, did_you_mean
-
-log = logging.getLogger(__name__)
 
 
 class Values:
     """The plain values of a configuration, and which of them have been found wrong."""
 
-    def __init__(self, plain: dict[str, Any], problems: list[str]) -> None:
+    def __init__(self, plain: dict[str, Any], problems: list[Problem]) -> None:
         self.plain, self.problems = plain, problems
-
-    def add(self, problem: str) -> None:
-        """One more problem."""
-        self.problems.append(problem)
+        self.warnings: list[str] = []
 
     def bad(self, key: str) -> bool:
         """Whether `key`, or anything below it, has a problem."""
-        return any(re.match(rf"{re.escape(key)}(?![\w-])", problem) for problem in self.problems)
+        return any(problem.key == key or problem.key.startswith(f"{key}.") for problem in self.problems)
 
     def get(self, key: str) -> Any:
         """The value of a dotted key; None when it is missing or unresolved."""
         value: Any = self.plain
         for part in key.split("."):
-            if isinstance(value, list) and part.isdigit() and int(part) < len(value):
-                value = value[int(part)]
-            else:
-                value = value.get(part) if isinstance(value, dict) else None
+            value = value.get(part) if isinstance(value, dict) else None
         return None if value is UNRESOLVED else value
 
     def number(self, key: str) -> int | float | None:
@@ -50,173 +43,135 @@ class Values:
         value = self.get(key)
         return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
-    def text(self, key: str) -> str | None:
-        """The value when it is a text."""
-        value = self.get(key)
-        return value if isinstance(value, str) else None
-
     def node(self, key: str) -> dict[str, Any]:
         """The value when it is a mapping without a problem, else `{}`."""
         value = self.get(key)
         return value if isinstance(value, dict) and not self.bad(key) else {}
 
 
-AT_LEAST_ONE = (
-    "model.vocab_size",
-    "model.dim",
-    "model.n_layers",
-    "model.n_heads",
-    "model.n_kv_heads",
-    "model.ffn_dim",
-    "model.seq_len",
-    "data.seq_len",
-    "data.batch_size",
-    "tokenizer.vocab_size",
-    "trainer.max_steps",
-    "trainer.accumulate_grad_batches",
-    "callbacks.checkpoint.every_n_train_steps",
-    "mtp.tokens",
-    "mhc.streams",
-)
+AT_LEAST_ONE = ("trainer.max_steps", "trainer.accumulate_grad_batches")
+NOT_NEGATIVE = ("trainer.gradient_clip_val", "optim.lr", "optim.weight_decay")
+DURATION = re.compile(r"\d+:\d\d:\d\d:\d\d")
+DEVICES = ("auto", "cpu", "cuda", "gpu", "mps")
 EARLY_STOPPING = "nanochat.training.callbacks.early_stopping.EarlyStopping"
-NOT_NEGATIVE = ("optim.lr", "optim.weight_decay", "trainer.gradient_clip_val", "schedule.warmup_steps", "mtp.weight")
 
 
-def sizes(values: Values) -> Iterator[str]:
-    """Counts are whole and positive, rates are not negative."""
+def counts(values: Values) -> Iterator[Problem]:
+    """Counts that Lightning would refuse late, and rates."""
     for key in AT_LEAST_ONE:
         value = values.get(key)
-        if value is None or value == "auto" or values.bad(key):
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            yield f"{key}={value} must be a whole number of at least 1."
+        given = value is not None or key == "trainer.max_steps"
+        if given and not values.bad(key) and not (_is_whole(value) and value >= 1):
+            yield Problem(key, f"{key}={'null' if value is None else value} must be a whole number of at least 1.")
     for key in NOT_NEGATIVE:
         value = values.number(key)
-        if value is not None and not values.bad(key) and not value >= 0:
-            yield f"{key}={value} must not be negative."
+        if value is not None and not value >= 0:
+            yield Problem(key, f"{key}={value} must not be negative.")
 
 
-def plain_keys(values: Values) -> Iterator[str]:
+def plain_keys(values: Values) -> Iterator[Problem]:
     """The keys that no target takes."""
     seed = values.get("seed")
-    if (
-        "seed" in values.plain
-        and not values.bad("seed")
-        and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32)
-    ):
-        yield f"seed={seed} must be a whole number from 0 to {2**32 - 1}."
+    if "seed" in values.plain and not values.bad("seed") and not (_is_whole(seed) and 0 <= seed < 2**32):
+        yield Problem("seed", f"seed={seed} must be a whole number from 0 to {2**32 - 1}.")
     name = values.get("task_name")
     if not values.bad("task_name") and name is not None and (not str(name).strip() or "/" in str(name)):
-        yield f"task_name={name!r} must be a name without '/', since the run folder is named after it."
+        text = f"task_name={name!r} must be a name without '/', since the run folder is named after it."
+        yield Problem("task_name", text)
     tags = values.get("tags")
     if tags is not None and not (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)):
-        yield f"tags={tags!r} must be a list of words, such as tags=[a,b]."
+        yield Problem("tags", f"tags={tags!r} must be a list of texts, such as tags=[a,b].")
     mode = values.get("compile")
     if mode is not None and mode != "auto" and not isinstance(mode, bool):
-        yield f"compile={mode} must be auto, true or false."
+        yield Problem("compile", f"compile={mode} must be auto, true or false.")
     path = values.get("ckpt_path")
     if path is None or path in ("last", "auto"):
         return
     if not isinstance(path, str) or not Path(path).is_file():
         hint = did_you_mean(str(path), ["last", "auto"])
-        yield f"ckpt_path={path} is not a file{hint if 'mean' in hint else '; give last, auto or a checkpoint file.'}"
+        hint = hint if "mean" in hint else "; give last, auto or a checkpoint file."
+        yield Problem("ckpt_path", f"ckpt_path={path} is not a file{hint}")
 
 
-def sequence_fits(values: Values) -> Iterator[str]:
+def sequence_fits(values: Values) -> Iterator[Problem]:
     """The training sequence is no longer than the model's."""
     longest, length = values.number("model.seq_len"), values.number("data.seq_len")
     if longest is not None and length is not None and length > longest:
-        yield f"data.seq_len={length} is longer than model.seq_len={longest}; shorten it or lengthen the model's."
+        text = f"data.seq_len={length} is longer than model.seq_len={longest}; shorten it or lengthen the model's."
+        yield Problem("data.seq_len", text)
 
 
-def predictions_fit(values: Values) -> Iterator[str]:
+def predictions_fit(values: Values) -> Iterator[Problem]:
     """Further tokens are predicted inside of a training sequence."""
     tokens, length = values.number("mtp.tokens"), values.number("data.seq_len")
-    if tokens is not None and length is not None and tokens >= length:
-        yield f"mtp.tokens={tokens} looks beyond the training sequences of data.seq_len={length}; at most {length - 1}."
+    if tokens is not None and length is not None and tokens >= length > 1:
+        text = f"mtp.tokens={tokens} looks beyond the training sequences of data.seq_len={length}"
+        yield Problem("mtp.tokens", f"{text}; at most {length - 1}.")
 
 
-def vocabulary_fits(values: Values) -> Iterator[str]:
+def vocabulary_fits(values: Values) -> Iterator[Problem]:
     """The tokenizer's vocabulary is no larger than the model's.
 
-    A run that goes on may have asked for more tokens than its text gave, and so than its model has; once the data is
-    there, `run.fit_vocabulary` compares what it really has. Synthetic data has no tokenizer.
+    A resumed run may have asked for more tokens than its text gave, and so than its model has; once the data is
+    there, `fit_vocabulary` compares what it really has. Synthetic data has no tokenizer.
     """
     tokens, rows = values.number("tokenizer.vocab_size"), values.number("model.vocab_size")
     if values.get("ckpt_path") is not None or values.get("data.corpus") == "synthetic":
         return
     if tokens is not None and rows is not None and tokens > rows:
-        yield (
+        yield Problem(
+            "tokenizer.vocab_size",
             f"tokenizer.vocab_size={tokens} is larger than model.vocab_size={rows}; make it smaller (at least "
-            f"{SMALLEST_VOCABULARY}), or say model.vocab_size=auto."
+            f"{SMALLEST_VOCABULARY}), or say model.vocab_size=auto.",
         )
 
 
-def warmup_fits(values: Values) -> Iterator[str]:
+def warmup_fits(values: Values) -> Iterator[Problem]:
     """A preset's warm-up gives way to a short run; one that the user set does not."""
     steps, last = values.number("schedule.warmup_steps"), values.number("trainer.max_steps")
     if steps is None or last is None or last < 1 or not set_by_user("schedule.warmup_steps"):
         return
     if steps > last:
-        yield (
+        yield Problem(
+            "schedule.warmup_steps",
             f"schedule.warmup_steps={steps} is longer than the run of trainer.max_steps={last}; "
-            f"set at most a tenth of it, {last // 10}."
+            f"set at most a tenth of it, {last // 10}.",
         )
     elif steps > last // 10:
-        log.warning("schedule.warmup_steps=%d is cut to %d, a tenth of trainer.max_steps=%d.", steps, last // 10, last)
+        cut = f"{last // 10}, a tenth of trainer.max_steps={last}"
+        values.warnings.append(f"schedule.warmup_steps={steps} is cut to {cut}.")
 
 
-def trainer_fits(values: Values) -> Iterator[str]:
-    """What Lightning refuses later, or would do silently wrong."""
+def trainer_fits(values: Values) -> Iterator[Problem]:
+    """What Lightning refuses late, or would do wrong without a word."""
     trainer = values.node("trainer")
     interval = trainer.get("val_check_interval")
     if (isinstance(interval, float) and not 0 < interval <= 1) or (isinstance(interval, int) and interval < 1):
-        yield f"trainer.val_check_interval={interval} must be a number of optimizer steps, at least 1."
+        text = f"trainer.val_check_interval={interval} must be a number of optimizer steps, at least 1."
+        yield Problem("trainer.val_check_interval", text)
     devices = trainer.get("devices")
     if devices not in (None, 1, "1", "auto") and not (isinstance(devices, list) and len(devices) == 1):
-        yield f"trainer.devices={devices} must be 1 (or a list of one index): a run trains on one device."
-    if trainer.get("max_time") is not None and not isinstance(trainer["max_time"], dict):
-        import lightning.pytorch.callbacks
-
-        try:
-            lightning.pytorch.callbacks.Timer(trainer["max_time"])
-        except Exception:
-            yield f"trainer.max_time={trainer['max_time']} must be DD:HH:MM:SS, such as '00:01:30:00'."
-    if "max_steps" in trainer and trainer.get("max_steps") is None:
-        yield "trainer.max_steps=null must be a whole number of at least 1."
-
-
-def device_exists(values: Values) -> Iterator[str]:
-    """The chosen device is there, and can compute in the chosen precision."""
-    import torch
-
-    trainer = values.node("trainer")
+        text = f"trainer.devices={devices} must be 1 (or a list of one index): a run trains on one device."
+        yield Problem("trainer.devices", text)
+    limit = trainer.get("max_time")
+    if limit is not None and not isinstance(limit, dict) and not DURATION.fullmatch(str(limit).strip()):
+        yield Problem("trainer.max_time", f"trainer.max_time={limit} must be DD:HH:MM:SS, such as '00:01:30:00'.")
     device = trainer.get("accelerator", "auto")
-    known = ("auto", "cpu", "cuda", "gpu", "mps")
-    if not trainer or not isinstance(device, str):
-        return
-    if device not in known:
-        yield f"trainer.accelerator={device} is unknown{did_you_mean(device, known)}"
-        return
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    missing = {"cuda": not cuda, "gpu": not (cuda or mps), "mps": not mps}.get(device, False)
-    if missing:
-        yield f"trainer.accelerator={device}: this machine has no such device; choose trainer=cpu or trainer=auto."
-    precision = str(trainer.get("precision", ""))
-    if precision.startswith("16") and (device == "cpu" or (device == "auto" and not cuda)):
-        yield f"trainer.precision={precision} needs a GPU; use bf16-mixed, 32-true or auto."
+    if isinstance(device, str) and device not in DEVICES:
+        text = f"trainer.accelerator={device} is unknown{did_you_mean(device, DEVICES)}"
+        yield Problem("trainer.accelerator", text)
 
 
-def loggers_work(values: Values) -> Iterator[str]:
+def loggers_work(values: Values) -> Iterator[Problem]:
     """W&B has its package and, when it is online, an account."""
     for name, node in (values.get("logger") or {}).items():
         if not isinstance(node, dict) or not str(node.get("_target_", "")).endswith(".WandbLogger"):
             continue
         key = f"logger.{name}"
         if importlib.util.find_spec("wandb") is None:
-            yield f"{key} needs the package wandb: pip install 'nanochat[wandb]', or choose logger=csv."
+            yield Problem(key, f"{key} needs the package wandb: pip install 'nanochat[wandb]', or choose logger=csv.")
         elif not node.get("offline") and not _wandb_is_offline() and not _wandb_account():
-            yield f"{key} needs an account: run `wandb login`, or say {key}.offline=true."
+            yield Problem(key, f"{key} needs an account: run `wandb login`, or say {key}.offline=true.")
 
 
 def _wandb_is_offline() -> bool:
@@ -230,134 +185,122 @@ def _wandb_account() -> bool:
     return any(path.is_file() and "wandb" in path.read_text(errors="replace") for path in files)
 
 
-def early_stopping_sees_something(values: Values) -> Iterator[str]:
+def early_stopping_sees_something(values: Values) -> Iterator[Problem]:
     """What ends a run early is validated, and measured."""
     nodes = values.get("callbacks")
     for name, node in nodes.items() if isinstance(nodes, dict) else ():
         if not isinstance(node, dict) or node.get("_target_") != EARLY_STOPPING:
             continue
+        key = f"callbacks.{name}"
         if values.number("trainer.limit_val_batches") == 0:
-            yield f"callbacks.{name} waits for validations, but trainer.limit_val_batches=0 has none."
+            yield Problem(key, f"{key} waits for validations, but trainer.limit_val_batches=0 has none.")
         if node.get("monitor", "val/bpb") == "val/bpb" and values.get("data.corpus") == "synthetic":
-            yield f"callbacks.{name}.monitor=val/bpb needs text, and data=synthetic has none; use val/loss."
+            text = f"{key}.monitor=val/bpb needs text, and data=synthetic has none; use val/loss."
+            yield Problem(f"{key}.monitor", text)
 
 
-def model_is_possible(values: Values) -> Iterator[str]:
-    """The network's own rules: heads divide the width, key/value heads divide the heads, ..."""
-    node = values.node("model")
-    if node:
-        yield from _tried(lambda: _model(values), "model")
+def device_exists(values: Values) -> Iterator[Problem]:
+    """The chosen device is there, and can compute in the chosen precision."""
+    import torch
+
+    trainer = values.node("trainer")
+    device = trainer.get("accelerator", "auto")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if isinstance(device, str) and {"cuda": not cuda, "gpu": not (cuda or mps), "mps": not mps}.get(device, False):
+        text = f"trainer.accelerator={device}: this machine has no such device; choose trainer=cpu or trainer=auto."
+        yield Problem("trainer.accelerator", text)
+    precision = str(trainer.get("precision", ""))
+    if precision.startswith("16") and (device == "cpu" or (device == "auto" and not cuda)):
+        text = f"trainer.precision={precision} needs a GPU; use bf16-mixed, 32-true or auto."
+        yield Problem("trainer.precision", text)
 
 
-def parts_are_possible(values: Values) -> Iterator[str]:
-    """What the constructors of the small parts refuse."""
+def parts_are_possible(values: Values) -> Iterator[Problem]:
+    """What the constructors of the parts refuse: heads divide the width, a rate is positive, ..."""
     from hydra.utils import instantiate
     from lightning import Callback
 
-    from nanochat.training.module import feature_nodes
-
-    groups = [("schedule", values.node("schedule"))]
-    for group in NODE_GROUPS[1:]:
-        nodes = values.get(group)
-        names = nodes if isinstance(nodes, dict) else {}
-        groups += [(f"{group}.{name}", values.node(f"{group}.{name}")) for name in names]
-    sound = {key: values.node(key) for key in values.plain}
-    groups += feature_nodes(sound, Callback).items()  # those that are objectives are built with the optimizer
-    tokenizer = values.node("tokenizer")
-    groups.append(("tokenizer", tokenizer))
-    for key, node in groups:
-        if node:
-            yield from _tried(lambda node=node: instantiate(node), key)
-    if values.node("data") and tokenizer:
-        yield from _tried(lambda: _data(values), "data")
-
-
-def loss_is_possible(values: Values) -> Iterator[str]:
-    """What the next-token objective refuses."""
     from nanochat.model import GPTConfig
     from nanochat.objectives import NextToken
 
-    if values.node("loss"):
-        yield from _tried(lambda: NextToken(GPTConfig(), **values.node("loss")), "loss")
+    nodes = {key: values.node(key) for key in ("schedule", "tokenizer")}
+    nodes |= {f"callbacks.{name}": values.node(f"callbacks.{name}") for name in values.get("callbacks") or {}}
+    sound = {key: values.node(key) for key in values.plain}
+    nodes |= feature_nodes(sound, Callback)  # those that are objectives are built with the optimizer
+    builds: dict[str, Callable[[], Any]] = {
+        key: lambda node=node: instantiate(node)  # type: ignore[misc]
+        for key, node in nodes.items()
+        if node
+    }
+    if sound["data"] and sound["tokenizer"]:
+        builds["data"] = lambda: build_data(sound)
+    if sound["model"]:
+        builds["model"] = lambda: GPTConfig.from_dict(_options(_planned(values)["model"]))
+    if sound.get("loss"):
+        builds["loss"] = lambda: NextToken(GPTConfig(), **sound["loss"])
+    for key, build in builds.items():
+        yield from _tried(build, key)
 
 
-def optimizer_is_possible(values: Values) -> Iterator[str]:
+def optimizer_is_possible(values: Values) -> Iterator[Problem]:
     """Rules, ranks and groups against the parameters of this very model, on the meta device."""
-    needed = ("model", "optim", "schedule", "trainer", "loss")
-    if any(values.bad(key) for key in needed) or not values.node("model") or not values.node("optim"):
+    if any(values.bad(key) for key in ("model", "optim", "schedule", "trainer", "loss")):
         return
     import torch
 
     from nanochat.training.module import NanoChatModule
 
-    plain = {key: value for key, value in values.plain.items() if not values.bad(key)}
-    plain["model"] = _sized(values)
-
     def build() -> None:
+        plain = {key: value for key, value in _planned(values).items() if not values.bad(key)}
         with torch.device("meta"):
             NanoChatModule(plain).configure_optimizers()
 
     yield from _tried(build, "optim")
 
 
-def _sized(values: Values) -> dict[str, Any]:
-    """The model's node with a number where its vocabulary is `auto`."""
-    node = dict(values.node("model"))
-    if node.get("vocab_size") == "auto":
-        try:
-            node["vocab_size"] = _data(values).planned_vocab_size
-        except Exception:  # `parts_are_possible` says what is wrong with it
-            node["vocab_size"] = 257
-    return node
+def _planned(values: Values) -> dict[str, Any]:
+    """The values with a number for a vocabulary of `auto`; any will do where the data's own problems are reported."""
+    try:
+        return plan_vocabulary(values.plain)
+    except Exception:
+        return {**values.plain, "model": {**values.plain["model"], "vocab_size": SMALLEST_VOCABULARY}}
 
 
-def _data(values: Values) -> Any:
-    """The DataModule, with nothing read or written."""
-    from hydra.utils import instantiate
-
-    node, tokenizer = values.node("data"), values.node("tokenizer")
-    return instantiate(node, _partial_=True, _convert_="all")(tokenizer=instantiate(tokenizer))
+def _options(node: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if not key.startswith("_")}
 
 
-def _model(values: Values) -> None:
-    from nanochat.model import GPTConfig
-
-    GPTConfig.from_dict({key: value for key, value in _sized(values).items() if not key.startswith("_")})
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _tried(build: Callable[[], Any], key: str) -> Iterator[str]:
+def _tried(build: Callable[[], Any], key: str) -> Iterator[Problem]:
     """Problems that building something raises."""
     try:
         build()
-    except ConfigError as error:
-        yield from error.problems
-    except UserError as error:
-        yield str(error)
     except Exception as error:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         if isinstance(cause, ConfigError):
-            yield from cause.problems
+            texts = cause.problems
         elif isinstance(cause, UserError):
-            yield str(cause)
+            texts = [str(cause)]
         else:
             line = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
-            yield f"{key} cannot be used: {line}."
+            texts = [f"{key} cannot be used: {line}."]
+        yield from (Problem(key, text) for text in texts)
 
 
-RULES: list[Callable[[Values], Iterator[str]]] = [
-    sizes,
+Rule = Callable[[Values], Iterator[Problem]]
+PLAIN_RULES: list[Rule] = [
+    counts,
     plain_keys,
     sequence_fits,
     predictions_fit,
     vocabulary_fits,
     warmup_fits,
     trainer_fits,
-    device_exists,
     loggers_work,
     early_stopping_sees_something,
-    model_is_possible,
-    loss_is_possible,
-    parts_are_possible,
-    optimizer_is_possible,
 ]
-"""the order matters: rules that build a part come after those that look at its numbers"""
+TORCH_RULES: list[Rule] = [device_exists, parts_are_possible, optimizer_is_possible]
+"""rules that need torch, run where no other problem was found; those that build come last"""

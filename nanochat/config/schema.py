@@ -5,6 +5,8 @@ Importing this module registers the resolvers; it needs neither torch nor Lightn
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,66 @@ TARGET_GROUPS = ("model", "optim", "schedule", "data", "tokenizer", "trainer")
 """groups that are one node with a `_target_`"""
 NODE_GROUPS = ("logger", "callbacks")
 """groups that are named nodes, each with a `_target_` (or null)"""
-FEATURES = ("mtp", "collider", "mhc")
-"""groups that are added with `+NAME=on`; on when their node has a `_target_` (mhc: more than one stream)"""
 RECIPES = ("experiment", "debug")
 """groups that only tune other groups"""
+DEFAULTS = (*TARGET_GROUPS, *NODE_GROUPS, *RECIPES)
+"""groups of the defaults list; any other group is a feature, added with `+NAME=OPTION`"""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a configuration."""
+
+    key: str
+    """dotted key of the value that is wrong"""
+    text: str
+    """one sentence for the user"""
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class Unresolved:
-    """Stands for a value that could not be had, which has been reported already."""
+    """Stands for a value that cannot be resolved and has been reported already."""
 
     def __repr__(self) -> str:
         return "???"
 
 
 UNRESOLVED = Unresolved()
+
+
+# ---- the files ------------------------------------------------------------------------------------------------------
+
+
+def group_options(folders: Iterable[Path]) -> dict[str, set[str]]:
+    """The groups in some folders of configuration files, and the options of each; Hydra's own left out."""
+    options: dict[str, set[str]] = {}
+    for folder in folders:
+        for path in folder.glob("*/**/*.yaml"):
+            group = path.parent.relative_to(folder).as_posix()
+            if group.partition("/")[0] != "hydra":
+                options.setdefault(group, set()).add(path.stem)
+    return options
+
+
+def search_path(sources: Iterable[str]) -> list[Path]:
+    """The folders among entries of a search path such as `file:///folder` (`pkg://` entries are left to Hydra)."""
+    return [
+        Path(source.removeprefix("file://")) for source in sources if not source.startswith(("pkg:", "structured:"))
+    ]
+
+
+def features() -> set[str]:
+    """Names of the features that the files of this run define, a user's own among them."""
+    folders = [CONF]
+    if HydraConfig.initialized():
+        sources = HydraConfig.get().runtime.config_sources
+        folders += search_path(source.path for source in sources if source.schema == "file")
+    return set(group_options(folders)) - set(DEFAULTS)
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
 
 
 def choices() -> dict[str, Any]:
@@ -47,18 +95,18 @@ def user_overrides() -> list[str]:
     """What the user wrote on the command line (empty outside of a Hydra run)."""
     if not HydraConfig.initialized():
         return []
-    words = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-    return [str(word) for word in words]  # type: ignore[union-attr]
+    overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return [str(override) for override in overrides]  # type: ignore[union-attr]
 
 
-def key_of(word: str) -> str:
-    """The key that an override speaks of."""
-    return word.lstrip("+~").partition("=")[0]
+def key_of(override: str) -> str:
+    """The key of an override."""
+    return override.lstrip("+~").partition("=")[0]
 
 
 def set_by_user(key: str) -> bool:
     """Whether the command line itself gives `key` a value."""
-    return any(key_of(word) == key for word in user_overrides())
+    return any(key_of(override) == key for override in user_overrides())
 
 
 # ---- resolvers ------------------------------------------------------------------------------------------------------
@@ -76,12 +124,39 @@ def _in_sweep() -> bool:
 
 def _sweep_name() -> str | None:
     """The name of the sweep's folder; None for a single run."""
-    return Path(HydraConfig.get().sweep.dir).name if _in_sweep() else None
+    return sweep_folder(HydraConfig.get()).name if _in_sweep() else None
+
+
+def sweep_folder(hydra: Any) -> Path:
+    """The folder of the sweep that a job belongs to.
+
+    From the job's own folder: `sweep.dir` has the time in it, and is resolved anew in a process of the job's own.
+    """
+    return Path(hydra.runtime.output_dir).parents[len(Path(str(hydra.sweep.subdir)).parts) - 1]
 
 
 def _run_name(task_name: str) -> str:
-    """The overrides of a sweep's job; the task's name for a single run."""
-    return HydraConfig.get().job.override_dirname or task_name if _in_sweep() else task_name
+    """What a sweep's job has of its own, such as `adamw mtp=on seed=0`; the task's name for a single run."""
+    if not _in_sweep():
+        return task_name
+    swept = _swept_keys()
+    own = [override for override in user_overrides() if key_of(override) in swept]
+    groups = (*TARGET_GROUPS, *RECIPES)
+    parts = [override.partition("=")[2] if key_of(override) in groups else override.lstrip("+") for override in own]
+    return " ".join(parts) or HydraConfig.get().job.override_dirname or task_name
+
+
+def _swept_keys() -> set[str]:
+    """The keys with several values on the sweep's own command line, which Hydra keeps in its folder."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        saved = OmegaConf.load(sweep_folder(HydraConfig.get()) / "multirun.yaml")
+        parts = list(saved.hydra.overrides.task)
+    except (OSError, AttributeError):
+        return set()
+    overrides = OverridesParser.create().parse_overrides(parts)
+    return {key_of(override.get_key_element()) for override in overrides if override.is_sweep_override()}
 
 
 def _conf(name: str) -> str:

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import collections.abc
-import importlib
 import inspect
-import pkgutil
 import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from nanochat.config.schema import UNRESOLVED
+from nanochat.config.locate import locate
+from nanochat.config.schema import NODE_GROUPS, Problem
+from nanochat.config.vocabulary import AUTO
 from nanochat.errors import did_you_mean
 
 HYDRA_KEYS = {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
 
-SUPPLIED: dict[str, set[str]] = {
+RUN_SUPPLIES: dict[str, set[str]] = {
     "data": {"tokenizer"},
     "optim": {"named_parameters"},
     "trainer": {"callbacks", "logger", "default_root_dir", "enable_checkpointing"},
-    "mtp": {"config", "seed"},
-    "collider": {"config", "seed"},
-    "mhc": {"config", "seed"},
 }
 """arguments that the run itself gives to the node of a group"""
+OBJECTIVE_TAKES = {"config", "seed"}
+"""arguments that the run gives to every objective whose constructor has them"""
 
-AUTO = {"trainer.precision", "model.vocab_size"}
+TAKE_AUTO = {"trainer.precision", "model.vocab_size"}
 """keys that also take `auto`, which the run settles before it calls the target"""
 
 WANDB_INIT = {
@@ -55,7 +54,7 @@ OPEN_KEYWORDS: dict[str, set[str]] = {
 """what targets with `**kwargs` hand on, by the target's name"""
 
 
-def check_nodes(node: Any, path: str) -> list[str]:
+def check_nodes(node: Any, path: str) -> list[Problem]:
     """Problems of every node with a `_target_` in a tree of plain values.
 
     Args:
@@ -65,67 +64,25 @@ def check_nodes(node: Any, path: str) -> list[str]:
         return [problem for i, item in enumerate(node) for problem in check_nodes(item, f"{path}.{i}")]
     if not isinstance(node, dict):
         return []
-    problems: list[str] = []
+    problems: list[Problem] = []
     if "_target_" in node:
-        name = node["_target_"]
-        if name is not UNRESOLVED:
-            target, problem = locate(name, f"{path}._target_")
-            if problem:
-                problems.append(problem)
-            else:
-                assert target is not None
-                problems += check_arguments(target, node, path, SUPPLIED.get(path, set()))
+        target, problem = locate(node["_target_"], f"{path}._target_")
+        if target is None:
+            problems.append(Problem(f"{path}._target_", problem))
+        else:
+            problems += check_arguments(target, node, path, supplied_to(target, path))
     for key, value in node.items():
         problems += check_nodes(value, f"{path}.{key}")
     return problems
 
 
-def locate(name: Any, key: str) -> tuple[Callable[..., Any] | None, str]:
-    """The object of a dotted name and "", or None and a sentence about what is wrong with the name."""
-    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
-        return None, f"{key}={name!r} must be a dotted name, such as package.module.Class."
-    parts = name.split(".")
-    place: Any = None
-    for i, part in enumerate(parts):
-        found = ".".join(parts[: i + 1])
-        if place is not None and not isinstance(place, types.ModuleType):
-            inner = getattr(place, part, None)
-        else:
-            inner = getattr(place, part, None) if place is not None else None
-            if inner is None:
-                inner, problem = _import(found, key, name)
-                if problem:
-                    return None, problem
-        if inner is None:
-            return None, f"{key}={name}: {'.'.join(parts[:i])} has no {part!r}{_near(place, part)}"
-        place = inner
-    if not callable(place):
-        return None, f"{key}={name} is a {type(place).__name__} and cannot be called."
-    return place, ""
+def supplied_to(target: Callable[..., Any], path: str) -> set[str]:
+    """The arguments that the run gives to a target at `path`, so that the configuration may not."""
+    from nanochat.objectives import Objective
 
-
-def _import(module: str, key: str, name: str) -> tuple[Any, str]:
-    """The module, or None when there is none; a sentence when it exists and fails to import."""
-    try:
-        return importlib.import_module(module), ""
-    except ModuleNotFoundError as error:
-        if error.name and (module == error.name or module.startswith(error.name + ".")):
-            root = module.split(".")[0]
-            if error.name == root:
-                return None, f"{key}={name}: there is no package {root!r}{_near(None, root)}"
-            return None, ""
-        return None, f"{key}={name} needs the package {error.name}, which is not installed."
-    except ImportError as error:
-        return None, f"{key}={name} cannot be imported: {error}."
-
-
-def _near(place: Any, part: str) -> str:
-    if place is None:
-        return did_you_mean(part, ["nanochat", "lightning", "torch"])
-    names = [n for n in vars(place) if not n.startswith("_")]
-    if isinstance(place, types.ModuleType) and hasattr(place, "__path__"):
-        names += [module.name for module in pkgutil.iter_modules(place.__path__)]
-    return did_you_mean(part, names)
+    if inspect.isclass(target) and issubclass(target, Objective):
+        return OBJECTIVE_TAKES & set(parameters_of(target)[0])
+    return RUN_SUPPLIES.get(path, set())
 
 
 def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -152,7 +109,9 @@ def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
     return named, True
 
 
-def check_arguments(target: Callable[..., Any], node: Mapping[str, Any], path: str, supplied: set[str]) -> list[str]:
+def check_arguments(
+    target: Callable[..., Any], node: Mapping[str, Any], path: str, supplied: set[str]
+) -> list[Problem]:
     """Unknown, missing and ill-typed arguments of one node.
 
     Args:
@@ -173,22 +132,26 @@ def check_arguments(target: Callable[..., Any], node: Mapping[str, Any], path: s
         if name in HYDRA_KEYS:
             continue
         if name in supplied and name in known:
-            where = {"callbacks": "; use the group callbacks", "logger": "; use the group logger"}.get(name, "")
-            problems.append(f"{key} is set by the run itself{where}.")
+            where = f"; use the group {name}" if name in NODE_GROUPS else ""
+            problems.append(Problem(key, f"{key} is set by the run itself{where}."))
         elif name not in known:
             if not is_open:
-                problems.append(f"{key} is no argument of {label}{did_you_mean(str(name), offered)}")
+                text = f"{key} is not an argument of {label}{did_you_mean(str(name), offered)}"
+                problems.append(Problem(key, text))
         elif name in taken:
-            problems.append(f"{key} is given twice: _args_ has it too.")
-        elif value is not UNRESOLVED and not (value == "auto" and key in AUTO):
+            problems.append(Problem(key, f"{key} is given twice: _args_ has it too."))
+        elif not (value == AUTO and key in TAKE_AUTO):
             annotation = hints.get(name, Any)
             if not fits(value, annotation):
-                problems.append(f"{key}={_shown(value)} must be {describe(annotation)}.")
+                problems.append(Problem(key, f"{key}={show(value)} must be {describe(annotation)}."))
+    if is_open and hasattr(target, "problems_of"):  # what is behind `**options` is the target's to say
+        problems += [Problem(path, text) for text in target.problems_of(node)]  # type: ignore[attr-defined]
     if not node.get("_partial_"):
         for name, parameter in known.items():
             needed = parameter.default is parameter.empty and name not in supplied and name not in taken
             if needed and name not in node:
-                problems.append(f"{path}.{name} is missing: {label} needs it.")
+                key = f"{path}.{name}"
+                problems.append(Problem(key, f"{key} is missing: {label} needs it."))
     return problems
 
 
@@ -205,7 +168,8 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     return hints
 
 
-def _shown(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value as it is written on the command line."""
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
@@ -223,7 +187,7 @@ _NAMES: dict[Any, str] = {
 
 def fits(value: Any, annotation: Any) -> bool:
     """Whether a plain value can be meant by an annotation; annotations that are not understood fit everything."""
-    if value is UNRESOLVED or (isinstance(value, dict) and "_target_" in value):
+    if isinstance(value, dict) and "_target_" in value:
         return True
     origin, inner = get_origin(annotation) or annotation, get_args(annotation)
     if origin in (Union, types.UnionType):
@@ -255,13 +219,13 @@ def fits(value: Any, annotation: Any) -> bool:
 
 
 def describe(annotation: Any) -> str:
-    """An annotation in words."""
+    """What an annotation allows, for a sentence."""
     origin, inner = get_origin(annotation) or annotation, get_args(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(describe(option) for option in inner))
     if origin is Literal:
-        words = [str(word) for word in inner]
-        return f"one of {', '.join(words)}" if len(words) > 1 else words[0]
+        options = [str(option) for option in inner]
+        return f"one of {', '.join(options)}" if len(options) > 1 else options[0]
     if origin in _SEQUENCES:
         counted = origin is tuple and inner and Ellipsis not in inner
         return f"a list of {len(inner)}" if counted else "a list"

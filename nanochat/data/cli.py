@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 from nanochat.config.compose import compose
+from nanochat.console import Parser
 from nanochat.data import DataModule
+
+
+def parser() -> Parser:
+    """The command's options."""
+    options = Parser("data", __doc__)
+    options.add_argument("overrides", nargs="*", help="as for training, such as data=text data.paths=[my.txt]")
+    return options
 
 
 def main(argv: list[str]) -> int:
     """Prepare, or find in the cache, what a run with these options would read; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="nanochat data", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="the header of the prepared data, with its folder")
-    parser.add_argument("overrides", nargs="*", help="as for training, such as data=text data.paths=[my.txt]")
-    options = parser.parse_args(argv)
+    options = parser().parse_intermixed_args(argv)
 
     from hydra.utils import instantiate
 
@@ -34,4 +38,6 @@ def main(argv: list[str]) -> int:
             print(f"skipped {name}: {reason}")
         if skipped["count"] > len(skipped["named"]):
             print(f"skipped {skipped['count'] - len(skipped['named'])} more")
+        if skipped.get("empty"):  # not in the header of an earlier version
+            print(f"{skipped['empty']} empty files")
     return 0

@@ -14,7 +14,7 @@ import lightning
 import numpy as np
 import torch
 
-from nanochat.data.corpora import CODE, KINDS, Corpus, standard_library
+from nanochat.data import sources
 from nanochat.data.dataset import TrainBatches, ValBatches
 from nanochat.data.loader import PrefetchLoader
 from nanochat.data.prepare import COMPRESSED_BYTES, compression_of, prepare
@@ -25,7 +25,6 @@ from nanochat.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
-CORPORA = ("stdlib", *KINDS, "synthetic")
 DEFAULT_CACHE = "~/.cache/nanochat"
 
 
@@ -33,13 +32,15 @@ class DataModule(lightning.LightningDataModule):
     """Batches {"tokens", "targets"}: (B, T) int64, target -100 = ignored, from a corpus.
 
     Args:
-        corpus: stdlib, text, code, jsonl or synthetic.
+        corpus: a file of nanochat.data.sources (stdlib, text, code, jsonl), synthetic, or the dotted path of a class of
+            your own (see nanochat.data.sources).
         tokenizer: a specification (nanochat.data.tokenizer.BPE, Byte, GPT2) or a Tokenizer; not used by `synthetic`.
         paths: your files, folders or globs; with `stdlib` they are read as `text` in its place.
         val_paths: the same for validation; without, a twentieth of the documents is put aside.
         extensions: what to take from folders; None is every file (code: those of programming languages).
         max_file_bytes: larger files are skipped; None takes all.
-        text_key: jsonl: the key of a record under which its text is.
+        text_key: jsonl: the key of a record under which its text is (text).
+        options: further arguments of the corpus' class.
         vocab_size: synthetic: ids of the sequences; "auto" is the tokenizer's 257.
         seq_len: tokens of a sequence.
         batch_size: sequences of a micro-batch.
@@ -63,7 +64,8 @@ class DataModule(lightning.LightningDataModule):
         val_paths: str | list[str] | None = None,
         extensions: list[str] | None = None,
         max_file_bytes: int | None = None,
-        text_key: str = "text",
+        text_key: str | None = None,
+        options: dict[str, Any] | None = None,
         vocab_size: int | str = "auto",
         seq_len: int = 256,
         batch_size: int = 8,
@@ -76,7 +78,7 @@ class DataModule(lightning.LightningDataModule):
         super().__init__()
         self.corpus, self.paths, self.val_paths = corpus, _as_list(paths), _as_list(val_paths)
         self.extensions = None if extensions is None else _as_list(extensions)
-        self.max_file_bytes, self.text_key = max_file_bytes, text_key
+        self.max_file_bytes, self.text_key, self.options = max_file_bytes, text_key, options or {}
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.val_batch_size, self.val_tokens = batch_size if val_batch_size is None else val_batch_size, val_tokens
         self.cache_dir, self.prefetch = str(cache_dir), prefetch
@@ -99,9 +101,12 @@ class DataModule(lightning.LightningDataModule):
     # ---- what was given ---------------------------------------------------------------------------------------------
 
     def _problems(self, counts: dict[str, int]) -> Iterator[str]:
-        if self.corpus not in CORPORA:
-            yield f"data.corpus={self.corpus} must be one of {', '.join(CORPORA)}."
-            return
+        if self.corpus not in sources.names() and self.corpus != "synthetic":
+            try:
+                sources.find(str(self.corpus))
+            except ConfigError as error:
+                yield from error.problems
+                return
         for name, count in counts.items():
             if not _is_count(count, 1):
                 yield f"data.{name}={count} must be a whole number of at least 1."
@@ -113,7 +118,7 @@ class DataModule(lightning.LightningDataModule):
             yield f"data.seed={self.seed} must be a whole number of at least 0."
         if not self.cache_dir.strip():
             yield "data.cache_dir is empty; give a folder."
-        if not isinstance(self.text_key, str):
+        if not isinstance(self.text_key, str | None):
             yield f"data.text_key={self.text_key} must be a text."
         extensions = self.extensions
         if extensions is not None and not (extensions and _is_texts(extensions)):
@@ -127,7 +132,7 @@ class DataModule(lightning.LightningDataModule):
             if self.paths or self.val_paths:
                 yield "data.paths has no use with data=synthetic; choose data=text, code or jsonl."
             return
-        if self.corpus in KINDS and not self.paths:
+        if sources.reads_paths(self.corpus) and not self.paths:
             yield f"data.paths is empty; name files, folders or globs for data={self.corpus}: data.paths=[my.txt]."
         if self.val_paths and not self.paths:
             yield "data.val_paths needs data.paths: your validation text belongs to your training text."
@@ -139,15 +144,9 @@ class DataModule(lightning.LightningDataModule):
                 if not os.path.exists(os.path.expanduser(path)) and not glob.has_magic(path):
                     yield f"data.{name}={path} does not exist; give a file, a folder or a glob."
 
-    def _corpus(self, paths: list[str], option: str) -> Corpus:
-        if self.corpus == "stdlib":
-            return standard_library()
-        options: dict[str, Any] = {"max_file_bytes": self.max_file_bytes, "extensions": self.extensions}
-        if self.corpus == "code" and self.extensions is None:
-            options["extensions"] = CODE
-        if self.corpus == "jsonl":
-            options["text_key"] = self.text_key
-        return KINDS[self.corpus](self.corpus, paths, option, **options)
+    def _corpus(self, paths: list[str], option: str) -> sources.Corpus:
+        named = {"max_file_bytes": self.max_file_bytes, "extensions": self.extensions, "text_key": self.text_key}
+        return sources.build(self.corpus, paths, option, named | self.options)
 
     # ---- preparing --------------------------------------------------------------------------------------------------
 

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanochat.data.corpora import Corpus, Document, Skipped
 from nanochat.data.shards import FORMAT, HEADER, SPLITS, Shards, SplitWriter, open_shards, token_dtype, write_header
+from nanochat.data.sources.base import Corpus, Document, Skipped, option_of, origin_of
 from nanochat.data.tokenizer import Tokenizer, TokenizerSpec, pieces
 from nanochat.errors import UserError
 
@@ -87,7 +87,7 @@ def scan(corpus: Corpus, val_corpus: Corpus | None = None) -> Plan:
     if not places:
         raise _no_text(corpus, plan.skipped)
     if not found[TRAIN] and val_corpus is not None:
-        raise UserError(f"{corpus.option} has no text that {val_corpus.option} does not have too.")
+        raise UserError(f"{option_of(corpus)} has no text that {option_of(val_corpus)} does not have too.")
     plan.places = [places] if val_corpus is None else [places, val_places]
     if not all(found):
         plan.border = plan.characters - max(1, plan.characters // VAL_ONE_IN)
@@ -100,11 +100,10 @@ def split_of(name: str) -> int:
 
 
 def _no_text(corpus: Corpus, skipped: Skipped) -> UserError:
-    where = corpus.option if corpus.kind == "stdlib" else f"{corpus.option}={','.join(corpus.paths)}"
     why = f"; skipped: {skipped}" if skipped.count else ""
     key = getattr(corpus, "text_key", None)
     hint = "" if key is None else f" (data.text_key={key})"
-    return UserError(f"{where} has no text to use{hint}{why}.")
+    return UserError(f"{origin_of(corpus)} has no text to use{hint}{why}.")
 
 
 def split_documents(corpora: list[Corpus], plan: Plan) -> Iterator[tuple[int, str]]:
@@ -136,7 +135,7 @@ def split_documents(corpora: list[Corpus], plan: Plan) -> Iterator[tuple[int, st
 
 
 def _changed(corpus: Corpus) -> UserError:
-    return UserError(f"{corpus.option} changed while it was read; start again when nothing writes to it.")
+    return UserError(f"{option_of(corpus)} changed while it was read; start again when nothing writes to it.")
 
 
 def prepare(
@@ -253,7 +252,7 @@ def _header(
         "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash},
         "splits": dict(zip(SPLITS, counts, strict=True)),
         "duplicates": plan.duplicates,
-        "skipped": {"count": plan.skipped.count, "named": plan.skipped.named},
+        "skipped": {"count": plan.skipped.count, "empty": plan.skipped.empty, "named": plan.skipped.named},
         "compression": {
             "bytes": sample_bytes,
             "bits_per_byte": {name: future.result() for name, future in compression.items()},

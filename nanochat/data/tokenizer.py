@@ -115,6 +115,23 @@ class Tokenizer:
         """The text of some ids; ids without a token give nothing, bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode([i for i in map(int, ids) if i >= 0], skip_special_tokens=False)
 
+    def piece(self, index: int) -> bytes:
+        """The bytes of one token, which need not be whole characters; none for an id without a token."""
+        token = self._inner.id_to_token(index)
+        if token is None:
+            return b""
+        if index in self._added or not all(character in self._byte_of for character in token):
+            return token.encode()
+        return bytes(self._byte_of[character] for character in token)
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._inner.get_added_tokens_decoder())
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int]:
+        return {character: byte for byte, character in enumerate(gpt2.byte_characters())}
+
     def token_bytes(self) -> np.ndarray | None:
         """(vocab_size,) int32: bytes of text per token, 0 for special tokens; None where tokens are no text.
 

@@ -36,8 +36,7 @@ def model_card(run: Run, name: str | None = None, licence: str | None = None) ->
     parameters = sum(parameter.numel() for parameter in run.gpt.parameters())
     steps = run.meta.get("step", 0)
     data = settings.get("data")
-    target = data.get("_target_", "") if isinstance(data, dict) else ""
-    corpus = summary.get("data") or (data.get("name") or target.rsplit(".", 1)[-1] if isinstance(data, dict) else "")
+    corpus = summary.get("data") or (data.get("corpus") if isinstance(data, dict) else None)
     bpb = summary.get("val/bpb")
     weights = "ternary" if run.config.ternary else "float"
     card: dict[str, Any] = {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from nanochat.checkpoint import load_run
+from nanochat.console import Parser, one_of
 from nanochat.errors import UserError
-from nanochat.export.gguf import Report, check_target, export_gguf
+from nanochat.export.gguf import ExportReport, check_target, default_type, export_gguf
 from nanochat.export.gguf_tensors import OWN
 from nanochat.export.huggingface import export_huggingface
 from nanochat.export.hyper_connections import records_of, write_mhc
@@ -23,13 +23,16 @@ _PROGRAMS = {
 }
 
 
-def export_parser() -> argparse.ArgumentParser:
+def export_parser() -> Parser:
     """Options of `nanochat export`."""
-    options = argparse.ArgumentParser(prog="nanochat export", description="Write a trained model for other programs.")
+    options = Parser("export", "Write a trained model for other programs.", as_json=False)
     options.add_argument("run", help="run folder (outputs/latest) or .ckpt file")
-    options.add_argument("--to", choices=tuple(_PROGRAMS), default="gguf", help="format (gguf)")
+    options.add_argument("--to", type=one_of(_PROGRAMS), default="gguf", help=f"format: {', '.join(_PROGRAMS)} (gguf)")
     options.add_argument(
-        "--type", help=f"of the matrices: {', '.join(TYPES)} (tq2_0; f32 for safetensors and float models)"
+        "--type",
+        default="auto",
+        help=f"of the matrices: auto, {', '.join(TYPES)}; auto is the smallest that fits (tq2_0, else q2_0, else q4_0; "
+        "f16 for float models); for a GPU take q2_0, since llama.cpp has no CUDA kernels for tq2_0 and tq1_0",
     )
     options.add_argument("--embedding-type", help=f"of the embedding and output matrix: {', '.join(EMBEDDING_TYPES)}")
     options.add_argument("--no-mtp", action="store_true", help="leave the heads of multi-token prediction out")
@@ -49,10 +52,13 @@ def export_main(argv: Sequence[str]) -> int:
         if options.embedding_type:
             raise UserError("--embedding-type is for GGUF files; safetensors has one type, --type f32 or f16.")
         report = export_huggingface(
-            run, options.out or run.folder / "huggingface", options.type or "f32", force=options.force
+            run,
+            options.out or run.folder / "huggingface",
+            "f32" if options.type == "auto" else options.type,
+            force=options.force,
         )
     else:
-        kind = options.type or ("tq2_0" if run.config.ternary else "f16")
+        kind = default_type(run.config) if options.type == "auto" else options.type
         own = options.to == "nanochat"
         stem = f"{OWN}-{kind}" if own else f"model-{kind}"
         report = export_gguf(
@@ -75,7 +81,7 @@ def export_main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _print_report(report: Report, programs: str) -> None:
+def _print_report(report: ExportReport, programs: str) -> None:
     share = report.size / report.f16_size
     print(f"{report.path}: {report.architecture}, {report.type}, {report.size:,} bytes ({share:.2f} of float16)")
     print(f"  {programs}")
@@ -83,11 +89,9 @@ def _print_report(report: Report, programs: str) -> None:
         print(f"  note: {note}")
 
 
-def verify_parser() -> argparse.ArgumentParser:
+def verify_parser() -> Parser:
     """Options of `nanochat verify`."""
-    options = argparse.ArgumentParser(
-        prog="nanochat verify", description="Check an exported file: structure, hash, and the same logits."
-    )
+    options = Parser("verify", "Check an exported file: structure, hash, and the same logits.", as_json=False)
     options.add_argument("file", type=Path, help="GGUF file or safetensors folder")
     options.add_argument("--run", help="compare with this run")
     options.add_argument("--checkpoint", default="last", metavar="STEP", help="of the run: last, or a kept step")
@@ -113,11 +117,9 @@ def verify_main(argv: Sequence[str]) -> int:
     return 0 if found.passed else 1
 
 
-def import_parser() -> argparse.ArgumentParser:
+def import_parser() -> Parser:
     """Options of `nanochat import`."""
-    options = argparse.ArgumentParser(
-        prog="nanochat import", description="Make a run folder from a file that nanochat exported."
-    )
+    options = Parser("import", "Make a run folder from a file that nanochat exported.", as_json=False)
     options.add_argument("file", type=Path, help="GGUF file or safetensors folder")
     options.add_argument("--out", type=Path, help="run folder to make (outputs/imported-NAME)")
     options.add_argument("--force", action="store_true", help="replace an earlier import")

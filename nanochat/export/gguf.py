@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,22 +32,23 @@ from nanochat.export.gguf_tensors import OWN, TensorPlan, folds_embedding, mtp_h
 from nanochat.export.packing import (
     BLOCK,
     EMBEDDING_TYPES,
+    NUMBERS,
     TERNARY_TYPES,
     TYPES,
-    ggml_type,
     gguf_library,
     pack,
-    packed_shape,
+    packed_bytes,
 )
 from nanochat.export.vocabulary import Vocabulary, read_vocabulary
 from nanochat.files import replacing
 from nanochat.model.config import GPTConfig
+from nanochat.run_folder import read_chat_template
 
-FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "tq1_0": 36, "tq2_0": 37}  # general.file_type, llama_ftype
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "tq1_0": 36, "tq2_0": 37, "q2_0": 41}  # general.file_type, llama_ftype
 
 
 @dataclass(frozen=True)
-class Report:
+class ExportReport:
     """What was written."""
 
     path: Path
@@ -59,7 +61,7 @@ class Report:
     notes: list[str]
 
 
-def architecture(config: GPTConfig, heads: int = 0) -> str:
+def architecture(config: GPTConfig, nextn: int = 0) -> str:
     """llama.cpp's name for this network with so many sequential heads of multi-token prediction.
 
     Raises `UserError` that names every switch which stands in the way.
@@ -69,6 +71,13 @@ def architecture(config: GPTConfig, heads: int = 0) -> str:
         obstacles.append(f"model.activation={config.activation} (silu is needed)")
     if config.softcap:
         obstacles.append(f"model.softcap={config.softcap} (0 is needed)")
+    if config.value_embeddings and config.value_gate != "static":
+        obstacles.append(f"model.value_gate={config.value_gate} (static is needed)")
+    if config.sub_norm and config.value_embeddings:
+        obstacles.append(
+            f"model.sub_norm=true together with model.value_embeddings={config.value_embeddings} (bitnet's attention "
+            "is as wide as its stream)"
+        )
     if config.streams > 1:
         obstacles.append(f"mhc.streams={config.streams} (export with --to nanochat instead)")
     if config.sub_norm and config.qk_norm:
@@ -84,7 +93,13 @@ def architecture(config: GPTConfig, heads: int = 0) -> str:
         return "bitnet"
     if not config.qk_norm:
         return "llama"
-    return "hy_v3" if heads else "qwen3"
+    return "hy_v3" if nextn else "qwen3"
+
+
+def default_type(config: GPTConfig) -> str:
+    """The smallest type that holds this network's matrices exactly: for a ternary one tq2_0, q2_0 or q4_0."""
+    types = ("tq2_0", "q2_0", "q4_0") if config.ternary else ()
+    return next((t for t in types if config.dim % BLOCK[t] == 0 and config.weight_block % BLOCK[t] == 0), "f16")
 
 
 def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
@@ -95,19 +110,25 @@ def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
         raise UserError(f"--type {kind} is unknown; choose one of {', '.join(TYPES)}.")
     if embedding_type not in EMBEDDING_TYPES:
         raise UserError(f"--embedding-type {embedding_type} is unknown; choose one of {', '.join(EMBEDDING_TYPES)}.")
-    if config.dim % BLOCK[embedding_type]:
+    width = f"model.dim is {config.dim}"
+    if config.lane_width:
+        lane = f"{config.value_embeddings} x model.value_embedding_width={config.value_width}"
+        width = f"model.dim={config.dim} and the lane of value embeddings ({lane}) make {config.stream_width}"
+    if config.stream_width % BLOCK[embedding_type]:
         raise UserError(
             f"--embedding-type {embedding_type} needs a width that is a multiple of {BLOCK[embedding_type]}, "
-            f"and model.dim is {config.dim}; use --embedding-type f16."
+            f"and {width}; use --embedding-type f16."
         )
     if kind not in TERNARY_TYPES:
         return
     if not config.ternary:
         raise UserError(f"--type {kind} is for ternary weights, and model.ternary=false; use --type f16 or f32.")
-    if config.dim % BLOCK[kind]:
+    if config.dim % BLOCK[kind] or config.stream_width % BLOCK[kind]:
+        divisor = math.gcd(config.dim, config.stream_width)
+        smaller = [name for name in ("q2_0", "q4_0") if divisor % BLOCK[name] == 0]
         raise UserError(
-            f"--type {kind} needs a width that is a multiple of {BLOCK[kind]}, and model.dim is {config.dim}; "
-            f"use --type {'q4_0, ' if config.dim % 32 == 0 and kind != 'q4_0' else ''}f16 or f32."
+            f"--type {kind} needs a width that is a multiple of {BLOCK[kind]}, and {width}; "
+            f"use --type {', '.join([*smaller, 'f16'])} or f32."
         )
     if config.weight_block % BLOCK[kind]:
         raise UserError(
@@ -116,19 +137,19 @@ def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
         )
 
 
-def network_keys(config: GPTConfig, arch: str, kind: str, heads: int = 0) -> dict[str, Any]:
+def network_keys(config: GPTConfig, arch: str, kind: str, nextn: int = 0) -> dict[str, Any]:
     """The keys that describe the network to whoever runs it."""
     extra: dict[str, Any] = {}
-    if heads:
-        extra[f"{arch}.nextn_predict_layers"] = heads
+    if nextn:
+        extra[f"{arch}.nextn_predict_layers"] = nextn
     if arch == "hy_v3":
         extra["hy_v3.expert_feed_forward_length"] = 0  # it asks for it also without experts
     return {
         **extra,
         "general.file_type": FILE_TYPES[kind],
         f"{arch}.context_length": config.seq_len,
-        f"{arch}.embedding_length": config.dim,
-        f"{arch}.block_count": config.n_layers + heads,
+        f"{arch}.embedding_length": config.stream_width,
+        f"{arch}.block_count": config.n_layers + nextn,
         f"{arch}.feed_forward_length": padded_ffn(config, kind),
         f"{arch}.attention.head_count": config.n_heads,
         f"{arch}.attention.head_count_kv": config.n_kv_heads,
@@ -141,23 +162,23 @@ def network_keys(config: GPTConfig, arch: str, kind: str, heads: int = 0) -> dic
     }
 
 
-def check_keys(file: GGUFFile, config: GPTConfig, arch: str, kind: str, heads: int = 0) -> None:
+def check_keys(file: GGUFFile, config: GPTConfig, arch: str, kind: str, nextn: int = 0) -> None:
     """Raises `UserError` that names the first key of `network_keys` which a file lacks or contradicts."""
-    for key, expected in network_keys(config, arch, kind, heads).items():
+    for key, expected in network_keys(config, arch, kind, nextn).items():
         found = file.metadata.get(key)
         if found != (float(np.float32(expected)) if isinstance(expected, float) else expected):
             raise UserError(f"{file.path}: the key {key} is {found!r} instead of {expected!r}.")
 
 
 def metadata(
-    config: GPTConfig, kind: str, arch: str, vocabulary: Vocabulary, card: dict[str, Any], heads: int = 0
+    config: GPTConfig, kind: str, arch: str, vocabulary: Vocabulary, card: dict[str, Any], nextn: int = 0
 ) -> dict[str, Any]:
     """Every key of the file. `card` holds keys of a model card, such as `general.name`."""
     return {
         **card,
         "general.type": "model",
         "general.quantization_version": 2,
-        **network_keys(config, arch, kind, heads),
+        **network_keys(config, arch, kind, nextn),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": vocabulary.pre,
         "tokenizer.ggml.tokens": vocabulary.tokens,
@@ -190,8 +211,9 @@ def _write(writer: Any, keys: dict[str, Any], plans: list[TensorPlan]) -> None:
     for key, value in keys.items():
         _add_key(writer, key, value)
     for plan in plans:
-        shape, kind, size = packed_shape(plan.shape, plan.type)
-        writer.add_tensor_info(plan.name, shape, np.dtype(kind), size, raw_dtype=ggml_type(plan.type))
+        size = packed_bytes(plan.shape, plan.type)
+        # any dtype but uint8: of bytes the library would work out the shape, from the types that it knows
+        writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.int8), size, raw_dtype=NUMBERS[plan.type])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -227,13 +249,14 @@ def export_gguf(
     force: bool = False,
     name: str | None = None,
     licence: str | None = None,
-) -> Report:
+) -> ExportReport:
     """Write a run as a GGUF file for stock llama.cpp, or as one that only nanochat runs.
 
     Args:
         run: from `nanochat.checkpoint.load_run`.
         path: the file to write.
-        kind: type of the blocks' matrices: tq2_0, tq1_0, q4_0, f16 or f32.
+        kind: type of the blocks' matrices: tq2_0 (smallest with speed on CPUs), tq1_0 (smallest), q2_0 (has CUDA and
+            Metal kernels), q4_0, f16 or f32.
         embedding_type: type of the embedding and the output matrix: q8_0 (default beside the ternary types),
             f16 or f32 (default beside f16 and f32).
         own: use the architecture name `nanochat`, which holds every switch of this network; any GGUF tool can read
@@ -248,26 +271,29 @@ def export_gguf(
     """
     path = Path(path)
     embedding_type = embedding_type or (kind if kind in ("f16", "f32") else "q8_0")
-    heads = mtp_heads(run.objectives) if mtp else 0
-    arch = OWN if own else architecture(run.config, heads)
-    dropped = heads if arch not in (OWN, "hy_v3") else 0
-    heads -= dropped
+    nextn = mtp_heads(run.objectives) if mtp else 0
+    arch = OWN if own else architecture(run.config, nextn)
+    dropped = nextn if arch not in (OWN, "hy_v3") else 0
+    nextn -= dropped
     check_type(run.config, kind, embedding_type)
     check_target(path, force)
     weights = run.gpt.state_dict() | run.objectives
-    plans = plan_tensors(run.config, weights, arch, kind, embedding_type, heads)
+    plans = plan_tensors(run.config, weights, arch, kind, embedding_type, nextn)
     vocabulary = read_vocabulary(run.folder / "tokenizer.json", run.config.vocab_size, run.tokenizer.eot_id)
-    keys = metadata(run.config, kind, arch, vocabulary, model_card(run, name, licence), heads)
+    keys = metadata(run.config, kind, arch, vocabulary, model_card(run, name, licence), nextn)
+    template = read_chat_template(run.folder)
+    if template is not None:
+        keys["tokenizer.chat_template"] = template
     write_gguf(path, arch, keys, plans)
     parameters = sum(parameter.numel() for parameter in run.gpt.parameters())
     notes = _notes(run.config, arch, kind, embedding_type)
-    if heads:
+    if nextn:
         parameters += sum(tensor.numel() for name, tensor in run.objectives.items() if name.startswith("mtp."))
         advice = "" if arch == OWN else " (--no-mtp leaves them out, for programs that do not know hy_v3)"
-        notes.append(f"{heads} head{'s' * (heads > 1)} of multi-token prediction to draft with{advice}")
+        notes.append(f"{nextn} head{'s' * (nextn > 1)} of multi-token prediction to draft with{advice}")
     if dropped:
         notes.append(f"the heads of multi-token prediction are left out: {arch} in llama.cpp has no place for them")
-    return Report(path, arch, kind, path.stat().st_size, 2 * parameters, notes)
+    return ExportReport(path, arch, kind, path.stat().st_size, 2 * parameters, notes)
 
 
 def check_target(path: Path, force: bool) -> None:
@@ -287,8 +313,15 @@ def _notes(config: GPTConfig, arch: str, kind: str, embedding_type: str) -> list
             "the embedding norm is folded into the table, so the tied output matrix is stored once more "
             f"({config.vocab_size} x {config.dim} in {embedding_type})"
         )
+    if config.lane_width:
+        notes.append(
+            f"the value embeddings are a lane of {config.lane_width} beside the stream of {config.dim}; all columns "
+            "that read it are zeros but for the values'"
+        )
     if padded_ffn(config, kind) != config.ffn_dim:
         notes.append(f"the feed-forward width {config.ffn_dim} is padded with zeros to {padded_ffn(config, kind)}")
+    if kind in ("tq2_0", "tq1_0") and arch != OWN:
+        notes.append(f"llama.cpp has no CUDA kernels for {kind}; for a GPU use --type q2_0")
     if config.ternary and kind in ("f16", "f32") and arch != OWN:
         notes.append("llama.cpp computes with float activations here; training rounded them to int8")
     return notes

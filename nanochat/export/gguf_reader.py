@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from nanochat.errors import UserError
-from nanochat.export.packing import gguf_library
+from nanochat.export.packing import BLOCK, BLOCK_BYTES, NUMBERS, gguf_library, unpack
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
-_READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "TQ1_0", "TQ2_0")
+_READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q2_0", "TQ1_0", "TQ2_0")
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,14 @@ class GGUFFile:
         gguf = gguf_library()
         if name in self.tensors:
             raise cursor.fail(f"tensor {name!r} occurs twice")
-        try:
-            kind_name = gguf.GGMLQuantizationType(kind).name
-        except ValueError as error:
-            raise cursor.fail(f"tensor {name!r} has the unknown type {kind}") from error
-        block, block_size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        if kind == NUMBERS["q2_0"]:
+            kind_name, block, block_size = "Q2_0", BLOCK["q2_0"], BLOCK_BYTES["q2_0"]
+        else:
+            try:
+                known = gguf.GGMLQuantizationType(kind)
+            except ValueError as error:
+                raise cursor.fail(f"tensor {name!r} has the unknown type {kind}") from error
+            kind_name, (block, block_size) = known.name, gguf.GGML_QUANT_SIZES[known]
         if min(shape) < 1 or shape[-1] % block:
             raise cursor.fail(f"tensor {name!r} of type {kind_name} cannot have the shape {list(shape)}")
         size = prod(shape) // block * block_size
@@ -189,7 +192,7 @@ class GGUFFile:
     def array(self, name: str) -> np.ndarray:
         """A tensor's values, de-quantised to float32.
 
-        Raises `UserError` when the file has no such tensor, or its type is none that nanochat writes.
+        Raises `UserError` when the file has no such tensor, or its type is not one that nanochat writes.
         """
         tensor = self._tensor(name)
         if tensor.type not in _READABLE:
@@ -198,10 +201,9 @@ class GGUFFile:
         if tensor.type in ("F32", "F16"):
             kind = "<f4" if tensor.type == "F32" else "<f2"
             return np.frombuffer(data, kind).astype(np.float32).reshape(tensor.shape)
-        gguf = gguf_library()
         rows = np.frombuffer(data, np.uint8).reshape(*tensor.shape[:-1], -1)
         with np.errstate(over="ignore", invalid="ignore"):  # a damaged scale may be infinite
-            return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.type]).reshape(tensor.shape)
+            return unpack(rows, tensor.type.lower()).reshape(tensor.shape)
 
     def _tensor(self, name: str) -> TensorInfo:
         if name not in self.tensors:

@@ -13,8 +13,16 @@ from torch import Tensor
 
 from nanochat.checkpoint import Run
 from nanochat.errors import UserError
-from nanochat.export.gguf import Report, architecture
-from nanochat.export.gguf_tensors import shipped
+from nanochat.export.gguf import ExportReport, architecture
+from nanochat.export.gguf_tensors import (
+    Slot,
+    embedding_rows,
+    network_slots,
+    output_rows,
+    slot_values,
+    split_rows,
+    split_slot,
+)
 from nanochat.files import replacing
 from nanochat.model.config import GPTConfig
 
@@ -36,13 +44,17 @@ _BLOCK = {
 
 
 def names(config: GPTConfig) -> Iterator[tuple[str, str]]:
-    """(name in `GPT.state_dict()`, name in the file) of every parameter but the output matrix."""
-    yield "embedding.weight", "model.embed_tokens.weight"
+    """(name in `GPT.state_dict()`, name in the file) of every parameter but the embedding and the output matrix."""
     yield "norm.weight", "model.norm.weight"
     for layer in range(config.n_layers):
         for ours, theirs in _BLOCK.items():
             if config.qk_norm or not ours.endswith(("q_norm", "k_norm")):
                 yield f"blocks.{layer}.{ours}.weight", f"model.layers.{layer}.{theirs}.weight"
+
+
+def parameter_slots(config: GPTConfig) -> dict[str, Slot]:
+    """The shapes of the file's parameters, by their names in `GPT.state_dict()`; no head is permuted here."""
+    return {slot.source: slot for slot in network_slots(config, "qwen3", "f32")}
 
 
 def model_kind(config: GPTConfig) -> str:
@@ -58,7 +70,7 @@ def settings(config: GPTConfig, kind: str, eot_id: int, dtype: str) -> dict[str,
     return {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
-        "hidden_size": config.dim,
+        "hidden_size": config.stream_width,
         "intermediate_size": config.ffn_dim,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
@@ -86,17 +98,12 @@ def settings(config: GPTConfig, kind: str, eot_id: int, dtype: str) -> dict[str,
 
 def tensors(config: GPTConfig, weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
     """The tensors of the file: matrices de-quantised, the embedding norm folded into the table."""
-    table = weights["embedding.weight"].detach().cpu().float()
-    result: dict[str, Tensor] = {}
+    slots = parameter_slots(config)
+    result = {"model.embed_tokens.weight": embedding_rows(config, weights, config.embedding_norm)}
     for ours, theirs in names(config):
-        tensor = weights[ours].detach().cpu().float()
-        if ours.startswith("blocks.") and tensor.ndim == 2:
-            tensor = torch.from_numpy(shipped(tensor, config))
-        elif ours == "embedding.weight" and config.embedding_norm:
-            tensor = torch.nn.functional.rms_norm(table, (config.dim,), eps=config.norm_eps)
-        result[theirs] = tensor
+        result[theirs] = torch.from_numpy(slot_values(slots[ours], config, weights))
     if config.embedding_norm or not config.tied:
-        result["lm_head.weight"] = weights.get("head.weight", table).detach().cpu().float()
+        result["lm_head.weight"] = output_rows(config, weights)
     for name, tensor in result.items():
         result[name] = tensor.to(DTYPES[dtype]).contiguous().clone()
         if not torch.isfinite(result[name]).all():
@@ -104,7 +111,7 @@ def tensors(config: GPTConfig, weights: dict[str, Tensor], dtype: str) -> dict[s
     return result
 
 
-def export_huggingface(run: Run, path: str | Path, dtype: str = "f32", *, force: bool = False) -> Report:
+def export_huggingface(run: Run, path: str | Path, dtype: str = "f32", *, force: bool = False) -> ExportReport:
     """Write a run as a folder for `transformers`.
 
     Args:
@@ -160,7 +167,7 @@ def export_huggingface(run: Run, path: str | Path, dtype: str = "f32", *, force:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
     parameters = sum(parameter.numel() for parameter in run.gpt.parameters())
     size = sum(file.stat().st_size for file in path.iterdir())
-    return Report(path, kind, dtype, size, 2 * parameters, [])
+    return ExportReport(path, kind, dtype, size, 2 * parameters, [])
 
 
 def _check_folder(path: Path, force: bool) -> None:
@@ -191,13 +198,22 @@ def read_huggingface(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], str]:
     if not isinstance(document, dict) or not isinstance(document.get("nanochat"), dict):
         raise UserError(f"{folder} was not written by nanochat: its config.json has no entry `nanochat`.")
     config = read_config(document["nanochat"], folder)
-    weights: dict[str, Tensor] = {}
+
+    def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name not in content:
+            raise UserError(f"{folder}/model.safetensors has no tensor {name!r}.")
+        if content[name].shape != shape:
+            found = list(content[name].shape)
+            raise UserError(f"{folder}/model.safetensors: {name!r} has the shape {found} instead of {list(shape)}.")
+        return content[name].float()
+
+    shape = (config.vocab_size, config.stream_width)
+    weights = split_rows(config, tensor("model.embed_tokens.weight", shape))
+    slots = parameter_slots(config)
     for ours, theirs in names(config):
-        if theirs not in content:
-            raise UserError(f"{folder}/model.safetensors has no tensor {theirs!r}.")
-        weights[ours] = content[theirs].float()
+        weights |= split_slot(slots[ours], config, tensor(theirs, slots[ours].stored).numpy())
     if "lm_head.weight" in content:
-        weights["head.weight"] = content["lm_head.weight"].float()
+        weights["head.weight"] = tensor("lm_head.weight", shape)[:, : config.dim].clone()
     config = dataclasses.replace(config, embedding_norm=False, tied="head.weight" not in weights)
     return config, weights, str(document.get("model_type"))
 

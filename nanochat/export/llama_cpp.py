@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,7 @@ PACKAGE = "@node-llama-cpp/linux-x64@3.22.1"
 SHA256 = "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0"
 RELEASE = "v0.5.0"
 FOLDER = "package/bins/linux-x64"
+LONGEST = 8192  # tokens of context, where nobody asked for more
 F32 = 0  # ggml_type
 NO_FLASH_ATTENTION = 0  # llama_flash_attn_type
 ERROR, CONTINUED = 4, 5  # ggml_log_level
@@ -133,6 +134,13 @@ _SIGNATURES = {
     "llama_n_ctx": (c_uint32, (c_void_p,)),
     "llama_get_memory": (c_void_p, (c_void_p,)),
     "llama_memory_clear": (None, (c_void_p, c_bool)),
+    "llama_memory_seq_rm": (c_bool, (c_void_p, c_int32, c_int32, c_int32)),
+    "llama_model_chat_template": (c_char_p, (c_void_p, c_char_p)),
+    "llama_model_n_ctx_train": (c_int32, (c_void_p,)),
+    "llama_vocab_bos": (c_int32, (c_void_p,)),
+    "llama_vocab_eos": (c_int32, (c_void_p,)),
+    "llama_vocab_is_eog": (c_bool, (c_void_p, c_int32)),
+    "llama_vocab_get_add_bos": (c_bool, (c_void_p,)),
     "llama_batch_init": (_Batch, (c_int32, c_int32, c_int32)),
     "llama_batch_free": (None, (_Batch,)),
     "llama_decode": (c_int32, (c_void_p, _Batch)),
@@ -240,6 +248,14 @@ class LlamaModel:
     Use it as a context manager. `float_cache` keeps keys and values in float32 and flash attention off, so
     that what remains of a difference is the file's; otherwise llama.cpp's own defaults hold.
 
+    Args:
+        path: the file.
+        context: tokens of each sequence; 0 takes what the model was trained with, at most `LONGEST`.
+        threads: of llama.cpp.
+        sequences: kept at once, each with a context of its own.
+        batch: most tokens in one call; None is the whole context, so that all its logits come at once.
+        vocab_only: read the vocabulary alone.
+
     Raises `UserError` with llama.cpp's own words when it refuses the file.
     """
 
@@ -250,6 +266,8 @@ class LlamaModel:
         context: int = 0,
         threads: int = 1,
         float_cache: bool = True,
+        sequences: int = 1,
+        batch: int | None = None,
         vocab_only: bool = False,
     ) -> None:
         self._llama = load()
@@ -267,22 +285,29 @@ class LlamaModel:
         self.vocab_size: int = library.llama_vocab_n_tokens(self._vocab)
         if vocab_only:
             return
+        self.context_size = context or min(library.llama_model_n_ctx_train(self._model), LONGEST)
+        """tokens that a sequence may have"""
         settings = library.llama_context_default_params()
-        settings.n_ctx = context
+        settings.n_ctx = self.context_size * sequences
+        settings.n_seq_max = sequences
         settings.n_threads = settings.n_threads_batch = threads
         if float_cache:
             settings.type_k = settings.type_v = F32
             settings.flash_attn_type = NO_FLASH_ATTENTION
-        # one batch may be the whole context, so that all its logits come at once
-        settings.n_batch = settings.n_ubatch = max(context, 512)
+        settings.n_batch = settings.n_ubatch = batch or max(self.context_size, 512)
         self._context = library.llama_init_from_model(self._model, settings)
         if not self._context:
+            self.close()
             raise UserError(f"llama.cpp makes no context for {path}: {' '.join(self._llama.errors)}")
 
     def __enter__(self) -> LlamaModel:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model and its context."""
         if self._context:
             self._library.llama_free(self._context)
         if self._model:
@@ -299,22 +324,35 @@ class LlamaModel:
         """Forget the context."""
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
 
-    def feed(self, tokens: Sequence[int], start: int = 0) -> np.ndarray:
-        """Append tokens at positions from `start`; returns the logits after each of them (T, V)."""
-        library = self._library
-        batch = library.llama_batch_init(len(tokens), 0, 1)
+    def forget(self, sequence: int, length: int = 0) -> None:
+        """Forget all but the first `length` tokens of a sequence."""
+        self._library.llama_memory_seq_rm(self._library.llama_get_memory(self._context), sequence, length, -1)
+
+    def decode(self, places: Sequence[tuple[int, int, int]], wanted: Iterable[int]) -> np.ndarray:
+        """Append tokens to sequences.
+
+        places: (token, position, sequence) of each; wanted: those of them whose logits (len(wanted), V) are returned.
+        """
+        library, wanted = self._library, list(wanted)
+        batch = library.llama_batch_init(len(places), 0, 1)
         try:
-            batch.n_tokens = len(tokens)
-            for index, token in enumerate(tokens):
-                batch.token[index], batch.pos[index] = token, start + index
-                batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
+            batch.n_tokens = len(places)
+            for index, (token, position, sequence) in enumerate(places):
+                batch.token[index], batch.pos[index] = token, position
+                batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, sequence, 0
+            for index in wanted:
+                batch.logits[index] = 1
             status = library.llama_decode(self._context, batch)
             if status:
                 raise UserError(f"llama.cpp's decode failed with {status}: {' '.join(self._llama.errors)}")
-            rows = [library.llama_get_logits_ith(self._context, index) for index in range(len(tokens))]
+            rows = [library.llama_get_logits_ith(self._context, index) for index in wanted]
             return np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)) for row in rows])
         finally:
             library.llama_batch_free(batch)
+
+    def feed(self, tokens: Sequence[int], start: int = 0) -> np.ndarray:
+        """Append tokens at positions from `start`; returns the logits after each of them (T, V)."""
+        return self.decode([(token, start + index, 0) for index, token in enumerate(tokens)], range(len(tokens)))
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits after each token of a sequence of its own (T, V)."""
@@ -334,6 +372,22 @@ class LlamaModel:
         buffer = ctypes.create_string_buffer(1024)
         count = self._library.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
         return buffer.raw[: max(count, 0)]
+
+    @property
+    def begin(self) -> int | None:
+        """The token before a text of its own, where the model wants one."""
+        return (
+            self._library.llama_vocab_bos(self._vocab) if self._library.llama_vocab_get_add_bos(self._vocab) else None
+        )
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends an answer."""
+        return self._library.llama_vocab_is_eog(self._vocab, token)
+
+    def chat_template(self) -> str | None:
+        """The Jinja template in the file, if it has one."""
+        found = self._library.llama_model_chat_template(self._model, None)
+        return found.decode(errors="replace") if found else None
 
 
 def main() -> int:

@@ -66,8 +66,8 @@ def read_export(path: str | Path) -> Exported:
         kind = kinds.get(file.get("general.file_type", int))
         if kind is None:
             raise UserError(f"{path} has a general.file_type that nanochat does not write.")
-        heads = file.get(f"{arch}.nextn_predict_layers", int, 0)
-        config, weights = read_network(file, read_config(values, path), arch, kind, heads)
+        nextn = file.get(f"{arch}.nextn_predict_layers", int, 0)
+        config, weights = read_network(file, read_config(values, path), arch, kind, nextn)
         objectives = {name: weights.pop(name) for name in list(weights) if name.startswith("mtp.")}
         tokenizer_json = file.get("tokenizer.huggingface.json", str, "") or None
         step = file.get("nanochat.step", int, 0)
@@ -101,8 +101,10 @@ def latent_weight(values: Tensor, block: int) -> Tensor:
 
 
 def _is_ternary(name: str, tensor: Tensor) -> bool:
-    """Whether a parameter is a matrix of a block; embedding, head and the maps of residual streams are not."""
-    return tensor.ndim == 2 and (".blocks." in name or ".mtp." in name) and "hyper_" not in name
+    """Whether a parameter is a matrix of a block; tables, head, gates and the maps of residual streams are not."""
+    return (
+        tensor.ndim == 2 and (".blocks." in name or ".mtp." in name) and "hyper_" not in name and ".value." not in name
+    )
 
 
 def _latent(exported: Exported, name: str, values: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class Verification:
         return all(comparison.passed for comparison in self.comparisons)
 
 
-def compare(what: str, ours: np.ndarray, theirs: np.ndarray, tokens: Tensor, exact: bool) -> Comparison:
+def compare_logits(what: str, ours: np.ndarray, theirs: np.ndarray, tokens: Tensor, exact: bool) -> Comparison:
     """Compare logits (T, V) after each of `tokens` (T,)."""
     first, second = (float(F.cross_entropy(torch.from_numpy(x[:-1]), tokens[1:])) for x in (ours, theirs))
     largest = float(np.abs(ours - theirs).max())
@@ -106,12 +106,12 @@ def check_structure(path: Path, exported: Exported) -> list[tuple[str, str, tupl
     """
     with GGUFFile(path) as file:
         original = original_config(file)
-        heads = mtp_heads(exported.objectives)
-        check_keys(file, original, exported.architecture, exported.type, heads)
+        nextn = mtp_heads(exported.objectives)
+        check_keys(file, original, exported.architecture, exported.type, nextn)
         with torch.device("meta"):
             shapes = GPT(original).state_dict()
         found_embedding = file.tensors["token_embd.weight"].type.lower()
-        plans = plan_tensors(original, shapes, exported.architecture, exported.type, found_embedding, heads)
+        plans = plan_tensors(original, shapes, exported.architecture, exported.type, found_embedding, nextn)
         expected = {plan.name: (plan.type.upper(), plan.shape) for plan in plans}
         for name, (kind, shape) in expected.items():
             if name not in file.tensors:
@@ -176,7 +176,7 @@ def _compare_with_run(found: Verification, run: Run, gpt: GPT, tokens: Tensor, e
     if run.config.vocab_size != gpt.config.vocab_size or run.config.seq_len < len(tokens):
         raise UserError(f"{found.path} is not an export of {run.folder}: vocabulary or context differ.")
     ours, theirs = logits_of(run.gpt, tokens, "none"), logits_of(gpt, tokens, "none")
-    found.comparisons.append(compare(f"run {run.folder} and the file", ours, theirs, tokens, exact))
+    found.comparisons.append(compare_logits(f"run {run.folder} and the file", ours, theirs, tokens, exact))
 
 
 def _compare_with_llama_cpp(found: Verification, gpt: GPT, exported: Exported, tokens: Tensor) -> None:
@@ -190,4 +190,4 @@ def _compare_with_llama_cpp(found: Verification, gpt: GPT, exported: Exported, t
     # with ternary types llama.cpp rounds activations to int8, by its own blocks
     exact = exported.type in FLOAT_TYPES
     ours = logits_of(gpt, tokens, "none" if exact or not exported.config.ternary else "block")
-    found.comparisons.append(compare(f"the file and llama.cpp {llama_cpp.RELEASE}", ours, theirs, tokens, exact))
+    found.comparisons.append(compare_logits(f"the file and llama.cpp {llama_cpp.RELEASE}", ours, theirs, tokens, exact))

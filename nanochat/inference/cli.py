@@ -5,46 +5,18 @@ from __future__ import annotations
 import argparse
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from nanochat.checkpoint import load_run
+from nanochat.console import Parser, count, count_or_zero, number
 from nanochat.device import find_device
 from nanochat.errors import UserError
 from nanochat.inference.engine import encode_prompt, generate_tokens, inference_copy
 from nanochat.inference.sampling import Sampling
 from nanochat.inference.speculative import Speculator, heads_of
-
-
-class TextStream:
-    """Turns tokens into text as they come, holding back a character whose bytes are not all there yet.
-
-    `decode` gives text with U+FFFD for bytes that are no UTF-8. Such a mark at the very end may still become
-    a character; everything before it is final.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self.decode = decode
-        self.tokens: list[int] = []
-        self.shown = 0  # characters of `tokens` that were given out
-
-    def push(self, token: int) -> str:
-        """The text that has become certain with this token."""
-        self.tokens.append(token)
-        text = self.decode(self.tokens)
-        final = text.removesuffix("\ufffd")
-        new = final[self.shown :]
-        self.shown = len(final)
-        if final == text:
-            self.tokens, self.shown = [], 0
-        return new
-
-    def finish(self) -> str:
-        """What was held back, as it is."""
-        rest = self.decode(self.tokens)[self.shown :] if self.tokens else ""
-        self.tokens, self.shown = [], 0
-        return rest
+from nanochat.inference.stream import StopStrings, TextStream
 
 
 def pick_device(name: str) -> torch.device:
@@ -57,17 +29,40 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def parser() -> argparse.ArgumentParser:
+def add_sampling(options: argparse.ArgumentParser, top_p: float = 0.95) -> None:
+    """The options of `Sampling`, without a logit bias."""
+    options.add_argument("--temperature", type=number, default=0.8, help="0 takes the most likely token (0.8)")
+    options.add_argument("--top-k", type=count_or_zero, default=0, help="draw from the k most likely tokens (0: all)")
+    options.add_argument(
+        "--top-p", type=number, default=top_p, help=f"draw from the most likely tokens up to p ({top_p})"
+    )
+    options.add_argument(
+        "--min-p", type=number, default=0.0, help="leave out tokens less likely than p times the likeliest (0)"
+    )
+    options.add_argument(
+        "--repetition-penalty", type=number, default=1.0, help="above 1: against tokens that stand there already (1)"
+    )
+
+
+def sampling_of(options: argparse.Namespace) -> Sampling:
+    """The `Sampling` that the options of `add_sampling` describe; raises `UserError`."""
+    return Sampling(
+        options.temperature, options.top_k, options.top_p, options.min_p, repetition_penalty=options.repetition_penalty
+    )
+
+
+def parser() -> Parser:
     """Options of `nanochat generate`."""
-    options = argparse.ArgumentParser(prog="nanochat generate", description="Write text with a trained model.")
+    options = Parser("generate", "Write text with a trained model.", as_json=False)
     options.add_argument("run", help="run folder (outputs/latest) or .ckpt file")
     options.add_argument("--prompt", default="", help="text to continue; - reads standard input")
-    options.add_argument("--max-tokens", type=int, default=200, help="longest continuation (200)")
-    options.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (0.8)")
-    options.add_argument("--top-k", type=int, default=0, help="draw from the k most likely tokens (0: all)")
-    options.add_argument("--top-p", type=float, default=0.95, help="draw from the most likely tokens up to p (0.95)")
+    options.add_argument("--max-tokens", type=count, default=200, help="longest continuation (200)")
+    add_sampling(options)
+    options.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again"
+    )
     options.add_argument("--seed", type=int, help="repeat a result (default: a new one each time)")
-    options.add_argument("--count", type=int, default=1, help="continuations (1)")
+    options.add_argument("--count", type=count, default=1, help="continuations (1)")
     options.add_argument(
         "--speculative", action="store_true", help="draft with the heads of +mtp=on, verify with the network"
     )
@@ -76,16 +71,25 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+class _Text:
+    """One continuation's text, cut before the first stop string."""
+
+    def __init__(self, tokenizer, stops: Sequence[str]) -> None:
+        self.stream, self.stops = TextStream(tokenizer.decode), StopStrings(stops)
+
+    def push(self, token: int) -> str:
+        return self.stops.push(self.stream.push(token))
+
+    def finish(self) -> str:
+        return self.stops.push(self.stream.finish()) + self.stops.finish()
+
+
 def main(argv: Sequence[str]) -> int:
     """Run `nanochat generate`; raises `UserError` for what the user can mend."""
     options = parser().parse_args(argv)
-    if options.count < 1:
-        raise UserError(f"--count {options.count} must be at least 1.")
-    if options.max_tokens < 1:
-        raise UserError(f"--max-tokens {options.max_tokens} must be at least 1.")
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    sampling = sampling_of(options)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    # bytes that are no UTF-8 arrive as lone surrogates, which a tokenizer cannot take
+    # bytes that are not UTF-8 arrive as lone surrogates, which a tokenizer cannot take
     prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     run = load_run(options.run, options.checkpoint, pick_device(options.device))
     tokenizer = run.tokenizer
@@ -113,25 +117,32 @@ def main(argv: Sequence[str]) -> int:
             stop_id=tokenizer.eot_id,
             vocab_limit=tokenizer.vocab_size,
         )
-    streams = [TextStream(tokenizer.decode) for _ in range(options.count)]
-    texts = [""] * options.count
-    if options.count == 1:
-        _show(prompt)
+    _write(items, prompt, [_Text(tokenizer, options.stop) for _ in range(options.count)], seed)
+    if speculator is not None:
+        print(speculator.statistics, file=sys.stderr)
+    return 0
+
+
+def _write(items: Iterator[list[int | None]], prompt: str, streams: Sequence[_Text], seed: int) -> None:
+    """Print continuations: a single one as it comes, several when they are whole."""
+    single = len(streams) == 1
+    texts = [""] * len(streams)
+    if single:
+        show(prompt)
     for item in items:
         for index, token in enumerate(item):
             text = "" if token is None else streams[index].push(token)
             texts[index] += text
-            if options.count == 1:
-                _show(text)
-    if options.count == 1:
-        _show(streams[0].finish() + "\n")
-    else:
-        for index, text in enumerate(texts):
-            _show(f"--- {index + 1} of {options.count} (seed {seed + index}) ---\n")
-            _show(f"{prompt}{text}{streams[index].finish()}\n")
-    if speculator is not None:
-        print(speculator.statistics, file=sys.stderr)
-    return 0
+            if single:
+                show(text)
+        if all(stream.stops.stopped for stream in streams):
+            break
+    if single:
+        show(streams[0].finish() + "\n")
+        return
+    for index, text in enumerate(texts):
+        show(f"--- {index + 1} of {len(streams)} (seed {seed + index}) ---\n")
+        show(f"{prompt}{text}{streams[index].finish()}\n")
 
 
 def _one_by_one(
@@ -143,13 +154,15 @@ def _one_by_one(
     stop_id: int,
 ) -> Iterator[list[int | None]]:
     """The continuations one after the other, in the form of `generate_tokens`."""
+    if sampling.adjusts:
+        raise UserError("--speculative does not work together with --repetition-penalty.")
     for index in range(options.count):
         for token in speculator.generate(ids, options.max_tokens, sampling, seed=seed + index, stop_id=stop_id):
             yield [token if row == index else None for row in range(options.count)]
 
 
-def _show(text: str) -> None:
-    # a terminal that is not UTF-8 must not stop the text half-way
+def show(text: str) -> None:
+    """Write to standard output at once; what its encoding lacks becomes a question mark."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()

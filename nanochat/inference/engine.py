@@ -11,7 +11,10 @@ from torch import Tensor
 
 from nanochat.checkpoint import build_gpt
 from nanochat.errors import UserError
-from nanochat.inference.sampling import Sampling, sample
+from nanochat.inference.sampling import Sampling
+from nanochat.inference.scheduler import Request, Scheduler, Token
+from nanochat.inference.slots import TorchBackend
+from nanochat.model.attention import causal_attention
 from nanochat.model.bitlinear import BitLinear
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
@@ -31,12 +34,12 @@ class Cache:
         self.length = 0
         """positions that every layer has seen"""
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, T, KV, head_dim) behind the first `length` positions; return all of them."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k and v (B, T, KV, head_dim) behind the first `length` positions, and attend to all of them."""
         end = self.length + k.shape[1]
         self.keys[layer, :, self.length : end] = k
         self.values[layer, :, self.length : end] = v
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+        return causal_attention(q, self.keys[layer, :, :end], self.values[layer, :, :end])
 
 
 @torch.no_grad()
@@ -115,10 +118,10 @@ def generate_tokens(
 ) -> Iterator[list[int | None]]:
     """Continue several prompts at once, giving each sequence's new token as soon as it is drawn.
 
-    Every item has one entry a sequence: its next token, or None while a longer prompt is still being read and
+    Every item has one entry a sequence: its next token, or None while its prompt is still being read and
     after the sequence has ended (with `stop_id`, which is not given, or with `max_tokens`). Every sequence
     draws from its own generator, seeded with seed + its index, and gets what it would get alone; torch's
-    global generator is not touched.
+    global generator is not touched. Raises `UserError` for a prompt of no tokens, and for logits that are not finite.
 
     A sequence that fills the model's `seq_len` is read again from its last half, at positions from 0: what is
     written depends on at most the last `seq_len` tokens, also of a longer prompt.
@@ -131,36 +134,41 @@ def generate_tokens(
         vocab_limit: tokens from this id on are never drawn (a model's vocabulary can be wider than its
             tokenizer's).
     """
-    if not prompts or not all(prompts):
+    if not prompts:
         raise UserError("a prompt of no tokens cannot be continued: the tokenizer has no document separator.")
-    limit = gpt.config.seq_len
-    device = gpt.embedding.weight.device
-    sampling = sampling or Sampling()
-    generators = [torch.Generator().manual_seed((seed + index) % 2**63) for index in range(len(prompts))]
-    rows = [list(prompt[-limit:]) for prompt in prompts]
-    left = [max_tokens] * len(rows)  # tokens that each may still write
-    decoder = Decoder(gpt, len(rows), min(limit, max(map(len, rows)) + max(max_tokens, 0)))
-    read = min(map(len, rows))  # tokens of every row that are fed or about to be
-    pending = torch.tensor([row[:read] for row in rows], device=device)  # (B, T)
-    while max(left) > 0:
-        if decoder.length + pending.shape[1] > limit:
-            decoder.truncate()
-            pending = torch.tensor([row[read - max(1, limit // 2) : read] for row in rows], device=device)
-        logits = decoder.feed(pending)[:, :vocab_limit]
-        writing = [index for index, row in enumerate(rows) if len(row) == read and left[index] > 0]
-        item: list[int | None] = [None] * len(rows)
-        if writing:
-            drawn = sample(logits[writing], sampling, [generators[index] for index in writing]).tolist()
-            for index, token in zip(writing, drawn, strict=True):
-                left[index] = 0 if token == stop_id else left[index] - 1
-                item[index] = None if token == stop_id else token
-                rows[index].append(token)
+    scheduler = Scheduler(TorchBackend(gpt, len(prompts), vocab_limit=vocab_limit))
+    item: list[int | None] = []
+    failures: list[str] = []
+
+    def request(index: int, prompt: Sequence[int]) -> Request:
+        def receive(token: Token) -> bool:
+            item[index] = token.id
+            return False
+
+        def end(reason: str, message: str | None) -> None:
+            if reason == "error":
+                failures.append(message or "")
+
+        return Request(
+            prompt,
+            max_tokens,
+            sampling or Sampling(),
+            seed + index,
+            frozenset() if stop_id is None else frozenset((stop_id,)),
+            slide=True,
+            on_token=receive,
+            on_end=end,
+        )
+
+    for index, prompt in enumerate(prompts):
+        scheduler.submit(request(index, prompt))
+    while scheduler.busy:
+        item = [None] * len(prompts)
+        scheduler.step()
+        if failures:
+            raise UserError(failures[0])
+        if any(token is not None for token in item):
             yield item
-        for row in rows:
-            if len(row) == read:  # ended: the batch goes on, what this row computes is not used
-                row.append(row[-1])
-        pending = torch.tensor([[row[read]] for row in rows], device=device)  # (B, 1)
-        read += 1
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -107,7 +107,7 @@ class _Drafter:
 
     def __init__(self, head: SequentialHead, depth: int, config: GPTConfig, like: Tensor) -> None:
         self.head, self.depth = head, depth
-        self.cache = Cache(replace(config, n_layers=1), 1, config.seq_len, like)
+        self.cache = Cache(replace(config, n_layers=1, value_embeddings=0), 1, config.seq_len, like)
         self.hidden = like.new_zeros(config.seq_len, config.dim)
         """(seq_len, d): what the head made of each row"""
 
@@ -117,9 +117,9 @@ class _Drafter:
         if start >= rows:
             return
         following = torch.tensor([tokens[start + self.depth + 1 : rows + self.depth + 1]], device=below.device)
-        made = self.head(
-            below[None, start:rows], gpt.embed(following), gpt.cos[start:rows], gpt.sin[start:rows], self.cache
-        )
+        cos, sin, lane = gpt.cos[start:rows], gpt.sin[start:rows], gpt.lane(following)
+        square = None if lane is None else lane.square
+        made = self.head(below[None, start:rows], gpt.embed(following), cos, sin, self.cache, square=square)
         self.cache.length = rows
         self.hidden[start:rows] = made[0]
 

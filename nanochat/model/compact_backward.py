@@ -6,9 +6,9 @@ gradient back among zeros. Which tokens these are is decided between forward and
 arXiv:2502.00340).
 
 The network has no second listing for this. `function` is called with `Rows` in place of tensors, and every torch
-function that sees one is computed at once and noted on a tape. Functions decorated with `row_function` may bring a
-backward of their own (attention, in which tokens meet). All others must treat the tokens independently; their backward
-is torch's own, on the kept rows, with shortcuts for the frequent ones (`RULES`).
+function that sees one is computed at once and noted on a tape; so is a function of ours that is wrapped with
+`torch.overrides.wrap_torch_function`. Attention, in which tokens meet, has a backward here. All others must treat the
+tokens independently; their backward is torch's own, on the kept rows, with shortcuts for the frequent ones (`RULES`).
 
 Dropped tokens get no gradient, at any point: what flows from a kept token into the keys and values of a dropped one is
 thrown away. That is the one approximation.
@@ -16,7 +16,6 @@ thrown away. That is the one approximation.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import get_default_nowrap_functions
+
+from nanochat.model.attention import attention_backward, causal_attention
+from nanochat.model.bitlinear import int8_activation
 
 
 class KeptRows:
@@ -151,7 +153,7 @@ class Tape:
         """Whether a gradient with this key is needed."""
         return key in self._wanted
 
-    def record(self, func: Callable, args: Any, kwargs: dict[str, Any], rule: Callable | None = None) -> Any:
+    def record(self, func: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
         """Compute a function of rows and note how its gradient is taken."""
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             out = func(*_map(args, _value), **kwargs)
@@ -166,7 +168,7 @@ class Tape:
             raise TypeError(f"{name} mixes the tokens: the compact backward needs (B, T, ...) at every step.")
         results = [self._rows(o, wanted) for o in outs]
         if wanted:
-            backward = (rule or RULES.get(func, _by_autograd))(self, func, args, kwargs, outs)
+            backward = RULES.get(func, _by_autograd)(self, func, args, kwargs, outs)
             self.nodes.append((backward, tuple(r.key for r in results)))
         return type(out)(results) if isinstance(out, (tuple, list)) else results[0]
 
@@ -293,7 +295,29 @@ def _reshape(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], outs
     return lambda tape, g: [(key, g.reshape(*g.shape[:2], *shape))]
 
 
+def _straight_through(
+    tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], outs: Any
+) -> Callable[..., Gradients]:
+    """Rounding: the gradient of the result is that of the argument."""
+    key = args[0].key
+    return lambda tape, g: [(key, g)]
+
+
+def _attention(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], outs: Any) -> Callable[..., Gradients]:
+    """Kept queries against all keys."""
+    keys = [tape.save(arg) for arg in args]
+
+    def backward(tape: Tape, g: Tensor) -> Gradients:
+        q, k, v = (tape.fetch(key, all_rows=i > 0) for i, key in enumerate(keys))
+        dq, dk, dv = attention_backward(g, q, k, v, tape.kept.positions)
+        return zip(keys, (dq, tape.kept.gather(dk), tape.kept.gather(dv)), strict=True)
+
+    return backward
+
+
 RULES: dict[Callable, Callable] = {
+    causal_attention: _attention,
+    int8_activation: _straight_through,
     F.linear: _linear,
     torch.Tensor.add: _add,
     torch.Tensor.__add__: _add,
@@ -303,44 +327,6 @@ RULES: dict[Callable, Callable] = {
     torch.Tensor.reshape: _reshape,
     torch.Tensor.view: _reshape,
 }
-
-
-def row_function(
-    backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
-    kept: tuple[int, ...] = (),
-    full: tuple[int, ...] = (),
-) -> Callable[[Callable], Callable]:
-    """Make a function of tensors one entry of the tape.
-
-    Args:
-        backward: `backward(kept_rows, gradient, *values)` gives a gradient of the kept rows for each argument that is
-            rows, in their order; None takes torch's, for a function that treats the tokens independently.
-        kept: positional arguments of which it reads the kept rows.
-        full: positional arguments of which it reads all rows. `values` are those of `kept`, then those of `full`.
-    """
-
-    def rule(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], outs: Any) -> Callable[..., Gradients]:
-        keys = [arg.key for arg in args if isinstance(arg, Rows)]
-        saved = [(tape.save(args[i]), i in full) for i in (*kept, *full)]
-
-        def run(tape: Tape, g: Tensor) -> Gradients:
-            assert backward is not None
-            values = [tape.fetch(key, all_rows) for key, all_rows in saved]
-            return zip(keys, backward(tape.kept, g, *values), strict=True)
-
-        return run
-
-    def decorate(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def call(*args: Any) -> Any:
-            tape = _tape_of(args)
-            return (
-                function(*args) if tape is None else tape.record(function, args, {}, rule if backward else _by_autograd)
-            )
-
-        return call
-
-    return decorate
 
 
 class _Splice(torch.autograd.Function):

@@ -16,6 +16,8 @@ from nanochat.files import atomic_write
 ACTIVATIONS = ("silu", "relu2")
 ACTIVATION_SCALES = ("token", "block", "none")
 STREAM_MAPS = ("static", "dynamic")
+VALUE_GATES = ("static", "input")
+VALUE_GATE_CHANNELS = 12  # of the stream, which a gate of the input reads
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,15 @@ class GPTConfig:
     activation_scale: str = "token"
     """int8 activations by the absolute maximum per token, per block of 256 (as ggml's Q8_K), or none"""
 
+    value_embeddings: int = 0
+    """tables of value embeddings: 0, 1 or 2 (2 take turns over the layers)"""
+    value_embedding_layers: tuple[int, ...] | None = None
+    """the layers that read them, counted from 0; None: all"""
+    value_embedding_width: int | None = None
+    """numbers a token in each table, whole key/value heads; None: all of them"""
+    value_gate: str = "static"
+    """static: a learned factor for each head, which exports; input: a sigmoid of the stream, which does not"""
+
     streams: int = 1
     """residual streams (hyper-connections): 2 or 4; 1 is the plain residual"""
     stream_maps: str = "static"
@@ -65,6 +76,9 @@ class GPTConfig:
 
     embedding_std: float | None = None
     """None: 0.8 in front of an embedding norm, 0.02 without, 5.12 / dim when tied"""
+    value_embedding_std: float = 0.0625
+    value_gain: float = 1.5
+    """initial factor of the value embeddings in a layer (static gate)"""
     head_std: float = 0.001
     """of an untied output matrix"""
     qk_gain: float = 1.2
@@ -73,6 +87,8 @@ class GPTConfig:
     """attention output and FFN down projection start at zero"""
 
     def __post_init__(self) -> None:
+        if isinstance(self.value_embedding_layers, list):  # as JSON and YAML give it
+            object.__setattr__(self, "value_embedding_layers", tuple(self.value_embedding_layers))
         problems = list(self._problems())
         if problems:
             raise ConfigError(problems)
@@ -111,14 +127,79 @@ class GPTConfig:
             yield f"mhc.maps={self.stream_maps!r} is unknown; choose one of {', '.join(STREAM_MAPS)}."
         if not isinstance(self.weight_block, int) or self.weight_block < 0:
             yield f"model.weight_block={self.weight_block!r} must be 0 (one scale per matrix) or positive."
+        yield from self._value_problems()
         for field in ("rope_base", "norm_eps"):
             if not getattr(self, field) > 0:
                 yield f"model.{field}={getattr(self, field)!r} must be positive."
-        for field in ("softcap", "head_std", "qk_gain"):
+        for field in ("softcap", "head_std", "qk_gain", "value_embedding_std"):
             if not getattr(self, field) >= 0:
                 yield f"model.{field}={getattr(self, field)!r} must not be negative."
         if self.embedding_std is not None and not self.embedding_std > 0:
             yield f"model.embedding_std={self.embedding_std!r} must be positive (or null)."
+
+    def _value_problems(self):
+        if self.value_embeddings not in (0, 1, 2):
+            yield f"model.value_embeddings={self.value_embeddings!r} must be 0, 1 or 2 tables."
+            return
+        if self.value_gate not in VALUE_GATES:
+            yield f"model.value_gate={self.value_gate!r} is unknown; choose one of {', '.join(VALUE_GATES)}."
+        if not self.value_embeddings:
+            return
+        layers, width = self.value_embedding_layers, self.value_embedding_width
+        if layers is not None:
+            if not isinstance(layers, tuple) or not all(type(i) is int and 0 <= i < self.n_layers for i in layers):
+                yield (
+                    f"model.value_embedding_layers={list(layers) if isinstance(layers, tuple) else layers!r} must be "
+                    f"layers from 0 to {self.n_layers - 1}, or null for all."
+                )
+                return
+            if list(layers) != sorted(set(layers)) or not layers:
+                yield f"model.value_embedding_layers={list(layers)} must name each layer once, in order."
+        if self.value_embeddings > len(self.value_layers):
+            yield (
+                f"model.value_embeddings={self.value_embeddings} has more tables than model.value_embedding_layers has "
+                f"layers ({len(self.value_layers)})."
+            )
+        if self.dim % self.n_heads or not isinstance(self.n_kv_heads, int):
+            return
+        whole = self.n_kv_heads * self.head_dim
+        if width is not None and (type(width) is not int or not 0 < width <= whole or width % self.head_dim):
+            yield (
+                f"model.value_embedding_width={width!r} must be a multiple of the head's width {self.head_dim}, "
+                f"at most {whole} ({self.n_kv_heads} key/value heads)."
+            )
+        if self.streams > 1:
+            yield f"model.value_embeddings={self.value_embeddings} does not work with mhc.streams={self.streams}."
+        if self.value_gate == "input" and self.dim < VALUE_GATE_CHANNELS:
+            yield f"model.value_gate=input needs a model.dim of at least {VALUE_GATE_CHANNELS}, not {self.dim}."
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """the layers that add value embeddings"""
+        if not self.value_embeddings:
+            return ()
+        return tuple(range(self.n_layers)) if self.value_embedding_layers is None else self.value_embedding_layers
+
+    @property
+    def value_width(self) -> int:
+        """numbers a token in one table of value embeddings; 0 without"""
+        if not self.value_embeddings:
+            return 0
+        return self.n_kv_heads * self.head_dim if self.value_embedding_width is None else self.value_embedding_width
+
+    def value_table(self, layer: int) -> int | None:
+        """Which table a layer reads; None for a layer that reads none."""
+        return self.value_layers.index(layer) % self.value_embeddings if layer in self.value_layers else None
+
+    @property
+    def lane_width(self) -> int:
+        """How much wider the residual stream of the exported file is: the tables of a static gate ride along there."""
+        return self.value_embeddings * self.value_width if self.value_gate == "static" else 0
+
+    @property
+    def stream_width(self) -> int:
+        """width of the residual stream and its lane: what the norms take the mean square over"""
+        return self.dim + self.lane_width
 
     @property
     def head_dim(self) -> int:

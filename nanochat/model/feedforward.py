@@ -20,14 +20,15 @@ class FeedForward(nn.Module):
         def linear(inputs: int, outputs: int) -> BitLinear:
             return BitLinear(inputs, outputs, config.ternary, config.weight_block)
 
-        self.norm = RMSNorm(d, eps=config.norm_eps)
+        self.norm = RMSNorm(d, eps=config.norm_eps, width=config.stream_width)
         self.gate, self.up, self.down = linear(d, hidden), linear(d, hidden), linear(hidden, d)
         self.sub_norm = RMSNorm(hidden, eps=config.norm_eps) if config.sub_norm else None
         self.activation = config.activation
         self.int8 = config.activation_scale if config.ternary else "none"
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, d) -> (B, T, d)
-        h = int8_activation(self.norm(x), self.int8)
+    def forward(self, x: Tensor, square: Tensor | None = None) -> Tensor:
+        """x: (B, T, d), square: (B, T, 1) of the lane, if there is one; returns (B, T, d)."""
+        h = int8_activation(self.norm(x, square), self.int8)
         gate = self.gate(h)  # (B, T, ffn_dim)
         gate = F.silu(gate) if self.activation == "silu" else F.relu(gate).square()
         h = gate * self.up(h)

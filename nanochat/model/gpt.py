@@ -14,14 +14,15 @@ from nanochat.model.feedforward import FeedForward
 from nanochat.model.hyper_connections import HyperConnection, expand, reduce
 from nanochat.model.norm import RMSNorm
 from nanochat.model.rotary import rope_table
+from nanochat.model.value_embeddings import Lane, make_lane
 
 
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each added to the residual stream (or streams)."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig, layer: int, value_table: int | None = None) -> None:
         super().__init__()
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config, layer, value_table)
         self.feedforward = FeedForward(config)
         self.hyper_attention: HyperConnection | None = None
         self.hyper_feedforward: HyperConnection | None = None
@@ -31,17 +32,29 @@ class Block(nn.Module):
             self.hyper_feedforward = HyperConnection(config.streams, config.dim, 2 * layer + 1, dynamic)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, kept: KeptRows | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KeyValueCache | None = None,
+        kept: KeptRows | None = None,
+        lane: Lane | None = None,
     ) -> Tensor:
         """x: (B, T, d), or the residual streams (n, B, T, d); kept: tokens on which the backward runs (None: all)."""
+        beside = [] if lane is None else [part for part in lane if part is not None]
+        square = [] if lane is None or lane.square is None else [lane.square]
 
         def attention(u: Tensor) -> Tensor:
             if kept is None:
-                return self.attention(u, cos, sin, cache)
-            return compact(self.attention, kept, u, *(t.expand(u.shape[0], -1, -1) for t in (cos, sin)))
+                return self.attention(u, cos, sin, cache, lane)
+
+            def rows(u: Tensor, cos: Tensor, sin: Tensor, *beside: Tensor) -> Tensor:
+                return self.attention(u, cos, sin, lane=Lane(*beside) if beside else None)
+
+            return compact(rows, kept, u, *(t.expand(u.shape[0], -1, -1) for t in (cos, sin)), *beside)
 
         def feedforward(u: Tensor) -> Tensor:
-            return self.feedforward(u) if kept is None else compact(self.feedforward, kept, u)
+            return self.feedforward(u, *square) if kept is None else compact(self.feedforward, kept, u, *square)
 
         if self.hyper_attention is None or self.hyper_feedforward is None:
             x = x + attention(x)  # (B, T, d)
@@ -54,7 +67,7 @@ class Block(nn.Module):
 def reset_blocks(blocks: nn.Module, config: GPTConfig, generator: torch.Generator | None = None) -> None:
     """Draw the initial weights of one or more blocks, as the table of `GPT.reset_parameters` says."""
     for name, parameter in blocks.named_parameters():
-        if "hyper_" in name:  # hyper-connections begin with constants of their own
+        if "hyper_" in name or ".value." in name:  # which begin with constants of their own
             continue
         if parameter.ndim == 1:
             parameter.fill_(config.qk_gain if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
@@ -78,8 +91,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        width = config.value_embeddings * config.value_width
+        self.value_embedding = nn.Embedding(config.vocab_size, width) if width else None
+        self.blocks = nn.ModuleList(Block(config, layer, config.value_table(layer)) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps, width=config.stream_width)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.kept_rows: KeptRows | None = None
         """set by a token filter for a training step: the tokens on which the blocks' backward will run"""
@@ -99,6 +114,7 @@ class GPT(nn.Module):
         | attention output, FFN down | 0, or N(0, 1 / fan-in) without `zero_init` |
         | other matrices | N(0, 1 / fan-in) |
         | norm gains | 1; query and key norms `qk_gain` |
+        | value embeddings | N(0, `value_embedding_std`²); their gains `value_gain` |
         """
         if self.embedding.weight.is_meta:
             return
@@ -112,6 +128,11 @@ class GPT(nn.Module):
             if isinstance(module, HyperConnection):
                 module.reset_parameters()
         self.norm.weight.fill_(1.0)
+        if self.value_embedding is not None:  # last: the other weights are those of the same seed without
+            self.value_embedding.weight.normal_(0.0, config.value_embedding_std, generator=generator)
+            for block in self.blocks:
+                if block.attention.value is not None:  # type: ignore[union-attr]
+                    block.attention.value.reset_parameters(config, generator)  # type: ignore[union-attr]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, d), normalised if the model has an embedding norm."""
@@ -120,27 +141,40 @@ class GPT(nn.Module):
             x = F.rms_norm(x, (self.config.dim,), eps=self.config.norm_eps)
         return x
 
-    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None, start: int = 0) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None, start: int | Tensor = 0) -> Tensor:
         """The hidden states after the final norm.
 
-        tokens: (B, T) ids; start: position of the first token (the length of the cache); returns (B, T, d).
-        Raises `UserError` when the sequence is longer than the model's.
+        tokens: (B, T) ids; start: position of the first token (the length of the cache), or one for each row (B,);
+        returns (B, T, d). Raises `UserError` when a sequence is longer than the model's.
         """
-        return self.trunk(self.embed(tokens), cache, start)
+        return self.trunk(self.embed(tokens), self.lane(tokens), cache, start)
 
-    def trunk(self, x: Tensor, cache: KeyValueCache | None = None, start: int = 0) -> Tensor:
-        """`hidden` from the tokens' embeddings (B, T, d), as `embed` gives them."""
-        end = start + x.shape[1]
+    def lane(self, tokens: Tensor) -> Lane | None:
+        """The value embeddings of the tokens (B, T); None where the model has none."""
+        return None if self.value_embedding is None else make_lane(self.value_embedding(tokens), self.config)
+
+    def trunk(
+        self, x: Tensor, lane: Lane | None = None, cache: KeyValueCache | None = None, start: int | Tensor = 0
+    ) -> Tensor:
+        """`hidden` from the tokens' embeddings (B, T, d) and their lane, as `embed` and `lane` give them."""
+        end = int(start if isinstance(start, int) else start.max()) + x.shape[1]
         if end > self.config.seq_len:
             raise UserError(f"a sequence of {end} tokens is longer than the model's {self.config.seq_len}.")
-        cos, sin = self.cos[start:end], self.sin[start:end]  # (T, head_dim / 2)
+        if isinstance(start, int):
+            cos, sin = self.cos[start:end], self.sin[start:end]  # (T, head_dim / 2)
+        else:
+            positions = start[:, None] + torch.arange(x.shape[1], device=start.device)  # (B, T)
+            cos, sin = self.cos[positions], self.sin[positions]  # (B, T, head_dim / 2)
         if self.config.streams > 1:
             x = expand(x, self.config.streams)  # (n, B, T, d)
         kept = self.kept_rows if torch.is_grad_enabled() else None
         for block in self.blocks:
             # the compact backward keeps a tape of its own, which a compiled block could not
-            x = block(x, cos, sin, cache) if kept is None else block.forward(x, cos, sin, kept=kept)
-        return self.norm(reduce(x) if self.config.streams > 1 else x)
+            if kept is None:
+                x = block(x, cos, sin, cache, lane=lane)
+            else:
+                x = block.forward(x, cos, sin, kept=kept, lane=lane)
+        return self.norm(reduce(x) if self.config.streams > 1 else x, None if lane is None else lane.square)
 
     def head_weight(self) -> Tensor:
         """The output matrix (V, d): the embedding table when tied."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from nanochat.model.compact_backward import row_function
+from torch.overrides import wrap_torch_function
 
 
 def rope_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -18,7 +17,7 @@ def rope_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]
     return angle.cos().float(), angle.sin().float()
 
 
-@row_function()
+@wrap_torch_function(lambda x, cos, sin: (x, cos, sin))
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn element i with element i + head_dim / 2.
 

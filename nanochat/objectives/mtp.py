@@ -44,13 +44,14 @@ class SequentialHead(nn.Module):
     def __init__(self, config: GPTConfig, source: torch.Generator | None = None) -> None:
         super().__init__()
         # a head is a plain block whatever the trunk's residual streams are
-        config = replace(config, n_layers=1, streams=1)
-        d = config.dim
-        self.embedding_norm = RMSNorm(d, eps=config.norm_eps)
-        self.hidden_norm = RMSNorm(d, eps=config.norm_eps)
+        config = replace(config, streams=1)
+        # no layer of the head reads value embeddings, but in a file its stream is as wide as the trunk's
+        d, norm = config.dim, {"eps": config.norm_eps, "width": config.stream_width}
+        self.embedding_norm = RMSNorm(d, **norm)
+        self.hidden_norm = RMSNorm(d, **norm)
         self.eh_proj = BitLinear(2 * d, d, config.ternary, config.weight_block)
         self.block = Block(config, layer=0)
-        self.norm = RMSNorm(d, eps=config.norm_eps)
+        self.norm = RMSNorm(d, **norm)
         self.config = config
         self.int8 = config.activation_scale if config.ternary else "none"
         if not self.eh_proj.weight.is_meta:
@@ -65,9 +66,13 @@ class SequentialHead(nn.Module):
         sin: Tensor,
         cache: KeyValueCache | None = None,
         kept: KeptRows | None = None,
+        square: Tensor | None = None,
     ) -> Tensor:
-        """hidden, embedded: (B, T, d), of token t and of token t + 1; returns (B, T, d), after the module's norm."""
-        x = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)  # (B, T, 2d)
+        """hidden, embedded: (B, T, d), of token t and of token t + 1; returns (B, T, d), after the module's norm.
+
+        square: (B, T, 1), of the lane of token t + 1.
+        """
+        x = torch.cat((self.embedding_norm(embedded, square), self.hidden_norm(hidden)), dim=-1)  # (B, T, 2d)
         x = self.eh_proj(int8_activation(x, self.int8))
         return self.norm(self.block(x, cos, sin, cache, kept))
 
@@ -176,11 +181,13 @@ class MultiTokenPrediction(Objective):
         # a sequence stands for this many; the mean of the full loss has the valid targets of all in its denominator
         scale = candidates.sum() / candidates.sum().clamp(1, count)
         hidden, words = step.hidden[index], step.embedded[index]
+        square = None if step.lane is None or step.lane.square is None else step.lane.square[index]
         cos, sin = step.gpt.cos[:length], step.gpt.sin[:length]
         kept = None if step.kept is None else KeptRows(step.kept[index])
         for i, target in enumerate(targets[: last_nonzero(weights) + 1]):
             # the last positions read tokens from the sequence's beginning; their targets are ignored
-            hidden = self.heads[i](hidden, words.roll(-(i + 1), dims=1), cos, sin, kept=kept)
+            following = None if square is None else square.roll(-(i + 1), dims=1)
+            hidden = self.heads[i](hidden, words.roll(-(i + 1), dims=1), cos, sin, kept=kept, square=following)
             share = valid[i][index].sum() / valid[i].sum().clamp_min(1)
             if weights[i]:
                 yield self._cross_entropy(step, hidden, target[index], weights[i] * share * scale)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nanochat.model import GPT
+from nanochat.model.value_embeddings import Lane
 from nanochat.objectives.linear_cross_entropy import HeadGradient
 
 
@@ -24,6 +25,8 @@ class Step:
     """(B, T, d), after the final norm"""
     embedded: Tensor
     """(B, T, d), of the tokens: what another term reads of it adds to one gradient of the table"""
+    lane: Lane | None = None
+    """the tokens' value embeddings, if the model has any"""
     step: int = 0
     """optimizer steps done before this micro-batch"""
     max_steps: int = 1
@@ -43,8 +46,8 @@ class Step:
     @classmethod
     def of(cls, gpt: GPT, tokens: Tensor, targets: Tensor, **fields: Any) -> Step:
         """The tokens' way through the network, up to the objectives."""
-        embedded = gpt.embed(tokens)
-        return cls(gpt, tokens, targets, gpt.trunk(embedded), embedded, **fields)
+        embedded, lane = gpt.embed(tokens), gpt.lane(tokens)
+        return cls(gpt, tokens, targets, gpt.trunk(embedded, lane), embedded, lane, **fields)
 
 
 class Objective(nn.Module):

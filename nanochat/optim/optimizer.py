@@ -1,7 +1,8 @@
-"""One torch optimizer for a whole run: every group of parameters moves by its rule."""
+"""One torch optimizer for a whole run: every group of parameters is updated by its rule."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from nanochat.errors import UserError
+from nanochat.optim.options import option_fields
 from nanochat.optim.rule import Group, Rule, State
 from nanochat.optim.schedule import WEIGHT_DECAY_SCHEDULES
 
-MATCHED = ("kernels", "block_size", "rank")
-"""options that decide what a saved state means"""
+log = logging.getLogger(__name__)
 
 
 def tensor_bytes(state: State) -> int:
@@ -22,15 +23,17 @@ def tensor_bytes(state: State) -> int:
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Moves each group's parameters by the group's rule; there are no optimizers inside.
+    """Updates each group's parameters by the group's rule; there are no optimizers inside.
 
     Args:
-        groups: as `nanochat.optim.build` makes them: `params`, `names`, `name`, `rule`, `lr`, `weight_decay` and the
-            rule's options.
+        groups: as `nanochat.optim.build` makes them: `params`, `names`, `name`, `rule`, `lr`, `weight_decay`, the
+            rule's options, and `auto`: names of options that were given as `auto` and decided by the device.
         rules: the rules by name.
 
     Attributes:
-        skip_next: set it (also from within the closure) to drop the step at hand: nothing changes but the count.
+        skip_next: set it (also from within the closure) to True, and the step at hand is dropped: nothing changes but
+            the count. False says that all gradients are known to be finite; None, which it is again after each step,
+            that the step has to find out where states are quantised. That costs one host sync, the only one of a step.
         skipped_steps: dropped steps so far, part of the state.
 
     The state dict holds tensors, numbers and strings, keyed by parameter name.
@@ -38,13 +41,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: Sequence[Group], rules: dict[str, Rule]) -> None:
         self.rules = rules
-        self.skip_next = False
+        self.skip_next: bool | None = None
         self.skipped_steps = 0
         for group in groups:
             group["base_lr"] = group["lr"]
             group["base_weight_decay"] = group["weight_decay"]
-            if "momentum" in group:
-                group["momentum_now"] = group["momentum"]
         super().__init__(list(groups), {})
 
     @torch.no_grad()
@@ -54,31 +55,34 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.skip_next or not all(self.gradients_fit(group) for group in self.param_groups):
-            self.skip_next = False
+        skip, self.skip_next = self.skip_next, None
+        if skip is None:
+            skip = not self.gradients_fit(self.param_groups)
+        if skip:
             self.skipped_steps += 1
             return loss
         for group in self.param_groups:
             self.step_group(group)
         return loss
 
-    def gradients_fit(self, group: Group) -> bool:
-        """Whether no gradient of the group would spoil a quantised state by NaN or Inf."""
-        if not self.rules[group["rule"]].quantized:
-            return True
+    def gradients_fit(self, groups: Sequence[Group]) -> bool:
+        """Whether no gradient of some groups would spoil a quantised state by NaN or Inf. A host sync if there are
+        such states."""
+        quantized = [group for group in groups if self.rules[group["rule"]].quantized]
+        gradients = [p.grad for group in quantized for p in group["params"] if p.grad is not None]
         # NaN and Inf survive a sum, which is one pass without a temporary
-        sums = [p.grad.sum(dtype=torch.float32) for p in group["params"] if p.grad is not None]
+        sums = [gradient.sum(dtype=torch.float32) for gradient in gradients]
         return not sums or bool(torch.isfinite(torch.stack(sums)).all())
 
     @torch.no_grad()
     def step_group(self, group: Group) -> None:
-        """Move one group's parameters that have a gradient."""
+        """Update one group's parameters that have a gradient."""
         rule = self.rules[group["rule"]]
-        moved = [(i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
-        for i, parameter in moved:
+        used = [(i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
+        for i, parameter in used:
             if not self.state[parameter]:
                 self.state[parameter] = rule.init(parameter, group, i)
-        parameters = [parameter for _, parameter in moved]
+        parameters = [parameter for _, parameter in used]
         rule.step(group, parameters, [p.grad for p in parameters], [self.state[p] for p in parameters])
 
     def set_progress(self, step: int, max_steps: int, schedule: Callable[[int, int], float]) -> None:
@@ -88,17 +92,14 @@ class Optimizer(torch.optim.Optimizer):
             step: steps done so far; max_steps: of the whole run.
             schedule: (step, max_steps) -> factor on every group's learning rate.
 
-        Also set: the weight decay by its schedule, and the momentum during its warm-up.
+        Also set: the weight decay by its schedule, and what else of a rule follows the step.
         """
         factor = schedule(step, max_steps)
         for group in self.param_groups:
             group["lr"] = group["base_lr"] * factor
             decay = WEIGHT_DECAY_SCHEDULES[group["weight_decay_schedule"]]
             group["weight_decay"] = group["base_weight_decay"] * decay(step, max_steps)
-            if group.get("momentum_start") is not None:
-                done = min(1.0, step / max(1, group["momentum_warmup"]))
-                start = group["momentum_start"]
-                group["momentum_now"] = start + (group["momentum"] - start) * done
+            self.rules[group["rule"]].set_progress(group, step, max_steps)
 
     def state_bytes(self, group: str | None = None) -> int:
         """Bytes of all state tensors, or of one group's; nothing is allocated before a parameter's first step."""
@@ -110,8 +111,8 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def planned_bytes(self) -> dict[str, int]:
-        """Parameter name -> bytes of its state tensors once it has moved: of the very tensors that the rule makes then,
-        made on the meta device, so that nothing is allocated. Their sum will be `state_bytes()`."""
+        """Parameter name -> bytes of its state tensors after its first step: of the very tensors that the rule makes
+        then, made on the meta device, so that nothing is allocated. Their sum will be `state_bytes()`."""
         return {
             name: tensor_bytes(self._planned_state(group, i, parameter))
             for group in self.param_groups
@@ -125,8 +126,8 @@ class Optimizer(torch.optim.Optimizer):
         """{state: {parameter name: {key: tensor or number}}, groups: [...], skipped_steps}."""
         state, groups = {}, []
         for group in self.param_groups:
-            described = {key: group[key] for key in ("name", "rule", *MATCHED) if key in group}
-            groups.append({**described, "names": list(group["names"])})
+            saved = {key: group[key] for key in ("name", "rule", *self._saved_options(group))}
+            groups.append({**saved, "names": list(group["names"])})
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 if self.state.get(parameter):
                     state[name] = dict(self.state[parameter])
@@ -157,19 +158,36 @@ class Optimizer(torch.optim.Optimizer):
         self.state.update(new)
         self.skipped_steps = int(state_dict.get("skipped_steps", 0))
 
-    @staticmethod
-    def _compare_groups(saved: dict[str, Any], group: Group, name: str) -> None:
+    def _saved_options(self, group: Group) -> dict[str, Any]:
+        """Options that decide what a saved state means -> their value in states that were saved without them."""
+        known = option_fields(self.rules[group["rule"]].Options)
+        return {name: one.metadata["absent"] for name, one in known.items() if one.metadata.get("saved")}
+
+    def _compare_groups(self, saved: dict[str, Any], group: Group, name: str) -> None:
+        """Raise `UserError` where the options of a parameter's state are others; what this run left to the device
+        is taken over from the checkpoint instead."""
         if saved["rule"] != group["rule"]:
             raise UserError(
-                f"the checkpoint's optimizer moves {name} by {saved['rule']}, this run's by {group['rule']}; "
+                f"the checkpoint's optimizer updates {name} by {saved['rule']}, this run's by {group['rule']}; "
                 "continue with the optimizer that the checkpoint was trained with."
             )
-        for key in MATCHED:
-            if saved.get(key) != group.get(key):
+        for key, absent in self._saved_options(group).items():
+            old, new = saved.get(key, absent), group[key]
+            if old == new:
+                continue
+            if key not in group["auto"]:
                 raise UserError(
-                    f"the checkpoint's optimizer state of {name} has {key}={saved.get(key)}, "
-                    f"this run has {key}={group.get(key)}; set it to the checkpoint's."
+                    f"the checkpoint's optimizer state of {name} has {key}={old}, "
+                    f"this run has {key}={new}; set it to the checkpoint's."
                 )
+            group["auto"].remove(key)
+            group[key] = old
+            for member, parameter in zip(group["names"], group["params"], strict=True):
+                self.rules[group["rule"]].check(group, member, parameter)
+            log.warning(
+                "optim.groups.%s.%s stays %s, as in the checkpoint; a new run on this machine would choose %s.",
+                group["name"], key, old, new,
+            )  # fmt: skip
 
     def _take_over(self, saved: State, group: Group, index: int, name: str, parameter: Tensor) -> State:
         expected = self._planned_state(group, index, parameter)

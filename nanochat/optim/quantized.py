@@ -9,15 +9,19 @@ Codes c are int8 tensors of the shape that they stand for, in -127..127:
 | quartic | a ((c + 128) / 255)^4 | second moments; a positive one never becomes 0, which would blow up the step |
 
 Tensors are worked on in spans of whole blocks that stay in a CPU's cache: a whole pass over memory for each elementary
-operation would cost three times as much. On CUDA a span is the whole tensor.
+operation would cost three times as much. On a GPU a span is the whole tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from nanochat.optim.options import switch, whole
+from nanochat.optim.rule import Group, State
 
 BLOCK = 2048
 SMALL = 4096
@@ -26,6 +30,14 @@ SPAN = 2**17
 """elements worked on at a time on a CPU"""
 TINY = 1e-36
 """smaller maxima count as zero: their reciprocals would overflow"""
+
+
+@dataclass(frozen=True)
+class Options8bit:
+    """Elements that share one maximum, and whether codes are rounded at random, without a bias."""
+
+    block_size: int = whole(BLOCK, 16, 2**24, saved=True)
+    stochastic_rounding: bool = switch(False)
 
 
 def absmax_like(parameter: Tensor, block: int) -> Tensor:
@@ -41,7 +53,7 @@ def codes_like(parameter: Tensor) -> Tensor:
 def span_size(x: Tensor, block: int) -> int:
     """Elements of the longest span of a tensor."""
     full = x.numel() // block * block
-    return max(min(block, x.numel()), full if x.is_cuda else min(full, max(SPAN // block, 1) * block))
+    return max(min(block, x.numel()), full if x.device.type != "cpu" else min(full, max(SPAN // block, 1) * block))
 
 
 def spans(x: Tensor, block: int) -> Iterator[tuple[slice, slice]]:
@@ -131,3 +143,8 @@ def dequantize(codes: Tensor, absmax: Tensor, block: int = BLOCK, code: str = "l
 def rounding_generator(step: int, index: int, device: torch.device) -> torch.Generator:
     """Random numbers as a function of (step, parameter), so that a resumed run rounds alike."""
     return torch.Generator(device).manual_seed((step * 1_000_003 + index) % 2**63)
+
+
+def rounding_of(state: State, group: Group, device: torch.device) -> torch.Generator | None:
+    """The generator of a parameter's stochastic rounding at its step; None: round to the nearest."""
+    return rounding_generator(state["step"], state["index"], device) if group["stochastic_rounding"] else None

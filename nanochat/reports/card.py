@@ -17,16 +17,16 @@ from lightning import Trainer
 from rich.console import Console
 from rich.table import Table
 
+from nanochat.console import clock_time
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, shown
 from nanochat.reports.curves import curve
 from nanochat.run_folder import read_metrics
-from nanochat.training.callbacks.progress import duration
 
 log = logging.getLogger(__name__)
 
 
-class Report:
+class RunReport:
     """Tells how a run went.
 
     Args:
@@ -135,7 +135,7 @@ class Report:
         table.add_row(
             "trained",
             f"{trainer.global_step:,} steps, {self._tokens(trainer):,} tokens; this session took "
-            f"{duration(time.monotonic() - self.start)}",
+            f"{clock_time(time.monotonic() - self.start)}",
         )
         if "train/tokens_per_second" in metrics:
             wait = metrics.get("train/data_wait", 0.0)

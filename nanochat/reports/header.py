@@ -9,9 +9,9 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
+from nanochat.console import clock_time
 from nanochat.files import shown
 from nanochat.training.callbacks.base import StepCallback
-from nanochat.training.callbacks.progress import duration
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Header(StepCallback):
         left = trainer.max_steps - step
         if now - start >= SAMPLE_SECONDS and left > 0:
             self._estimated = True
-            took = duration((now - start) / (step - since) * left)
+            took = clock_time((now - start) / (step - since) * left)
             log.info("about %s for the %s steps left, without validation and saving", took, f"{left:,}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

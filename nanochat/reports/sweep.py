@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanochat.errors import ConfigError, UserError
+from nanochat.reports.table import Table
 from nanochat.run_folder import read_summary
 
 COLUMNS = {
@@ -19,6 +22,8 @@ COLUMNS = {
     "optim/bytes": "optimizer bytes",
 }
 """key of summary.json -> heading"""
+RECORDS = ".jobs"
+"""folder of the records of jobs that ran in other processes, below the sweep's"""
 
 
 @dataclass
@@ -41,11 +46,37 @@ class Job:
             "error": "" if self.error is None else sentence(self.error),
         }
 
+    def setting(self) -> list[str]:
+        """The overrides but for the seed."""
+        return [override for override in self.overrides if not override.startswith("seed=")]
+
+    def record(self, sweep_folder: Path) -> None:
+        """Leave a record for the process that started the sweep (`collect`)."""
+        content: dict[str, Any] = {"job": self.number, "overrides": self.overrides, "folder": str(self.folder)}
+        if self.error is not None:
+            content |= {"error": sentence(self.error), "mistake": isinstance(self.error, UserError)}
+        (sweep_folder / RECORDS).mkdir(exist_ok=True)
+        (sweep_folder / RECORDS / f"{self.number}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+class JobError(Exception):
+    """An error of a job that ran in another process, as the sentence that it left."""
+
+
+def collect(sweep_folder: Path) -> list[Job]:
+    """The jobs that left records, by number."""
+    jobs = []
+    for path in (sweep_folder / RECORDS).glob("*.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        error = (UserError if found["mistake"] else JobError)(found["error"]) if "error" in found else None
+        jobs.append(Job(found["job"], found["overrides"], Path(found["folder"]), error))
+    return sorted(jobs, key=lambda job: job.number)
+
 
 def sentence(error: BaseException) -> str:
     """An error on one line."""
     text = " ".join(error.problems) if isinstance(error, ConfigError) else " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, UserError | JobError) else f"{type(error).__name__}: {text}"
 
 
 def exit_code(jobs: Sequence[Job]) -> int:
@@ -59,12 +90,8 @@ def exit_code(jobs: Sequence[Job]) -> int:
 def report(jobs: Sequence[Job], folder: Path) -> None:
     """Print the table and write it as sweep.csv into the sweep's folder, best val/bpb first.
 
-    `outputs/latest` then points at the best job.
+    A sweep over seeds has one line for each setting besides. `outputs/latest` then points at the best job.
     """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     rows = sorted((job.row() for job in jobs), key=_rank)
     if not rows:
         return
@@ -77,25 +104,48 @@ def report(jobs: Sequence[Job], folder: Path) -> None:
 
         point_latest(Path(rows[0]["folder"]))
     common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
-    told = {job.number: " ".join(o for o in job.overrides if o not in common) for job in jobs}
-    table = Table()
-    for heading in ("job", "overrides", *COLUMNS.values(), "folder"):
-        table.add_column(heading, justify="right" if heading in COLUMNS.values() else "left", overflow="fold")
+    varying = {job.number: " ".join(o for o in job.overrides if o not in common) for job in jobs}
+    shared = " ".join(override for override in jobs[0].overrides if override in common)
+    title = f"The sweep's {len(jobs)} jobs, best first{f' (all with {shared})' if shared else ''}"
+    cells = []
     for row in rows:
         place = os.path.relpath(row["folder"]) if row["folder"] else ""
         numbers = ["failed" if row["error"] and not i else _cell(row[key]) for i, key in enumerate(COLUMNS)]
-        table.add_row(*map(Text, (str(row["job"]), told[row["job"]], *numbers, place)))
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 160
-    shared = " ".join(override for override in jobs[0].overrides if override in common)
-    console.print(
-        f"\nThe sweep's {len(jobs)} jobs, best first{f' (all with {shared})' if shared else ''}", soft_wrap=True
-    )
-    console.print(table)
-    for row in sorted(rows, key=lambda row: row["job"]):
-        if row["error"]:
-            console.print(f"job {row['job']} ({told[row['job']]}) failed: {row['error']}", soft_wrap=True)
+        cells.append([row["job"], varying[row["job"]], *numbers, place])
+    failures = [
+        f"job {row['job']} ({varying[row['job']]}) failed: {row['error']}"
+        for row in sorted(rows, key=lambda row: row["job"])
+        if row["error"]
+    ]
+    print(f"\n{title}")
+    Table("", ["job", "overrides", *COLUMNS.values(), "folder"], cells, failures).show()
+    settings = over_seeds(jobs, common)
+    if settings.rows:
+        settings.show()
+
+
+def over_seeds(jobs: Sequence[Job], common: set[str]) -> Table:
+    """A line for each setting of a sweep over seeds: means and standard deviations; no line where no seeds vary.
+
+    common: overrides that are not repeated.
+    """
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(" ".join(o for o in job.setting() if o not in common), []).append(job)
+    rows = []
+    for setting, members in groups.items():
+        done = [job.row() for job in members if job.error is None]
+        if len({tuple(job.overrides) for job in members}) < 2 or not done:
+            continue
+        row: list[Any] = [setting or "(the same)", f"{len(done)} of {len(members)}"]
+        for key in COLUMNS:
+            values = [float(found[key]) for found in done if isinstance(found[key], int | float)]
+            spread = f" ± {_cell(statistics.stdev(values))}" if len(values) > 1 and key.startswith("val/") else ""
+            row.append(f"{_cell(statistics.mean(values))}{spread}" if values else "")
+        rows.append((statistics.mean([_rank(found)[0] for found in done]), row))
+    notes = ["Means over the seeds; ± is one standard deviation."]
+    ordered = [row for _, row in sorted(rows, key=lambda entry: entry[0])]
+    return Table("By setting", ["overrides", "seeds", *COLUMNS.values()], ordered, notes)
 
 
 def _rank(row: dict[str, Any]) -> tuple[float, int]:

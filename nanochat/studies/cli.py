@@ -22,10 +22,11 @@ from typing import Any
 
 from nanochat.config.compose import compose
 from nanochat.config.schema import key_of
-from nanochat.console import Parser, count, show
+from nanochat.console import Parser, count
 from nanochat.device import find_device
 from nanochat.errors import UserError
 from nanochat.files import shown
+from nanochat.reports.table import show
 from nanochat.studies.runner import MOST_SEEDS, Comparison, compare, compose_arm, merged
 
 PLAIN = "plain"

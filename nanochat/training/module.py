@@ -23,11 +23,11 @@ from typing import Any
 
 import lightning
 import torch
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from nanochat.checkpoint import CHECKPOINT_FORMAT
-from nanochat.config.schema import TARGET_GROUPS
+from nanochat.config.features import build_objective, feature_nodes
 from nanochat.model import GPT, GPTConfig
 from nanochat.objectives import IGNORED, NextToken, Objective, Step, linear_cross_entropy
 from nanochat.training.rng import get_rng_state, set_rng_state
@@ -36,20 +36,6 @@ from nanochat.training.rng import get_rng_state, set_rng_state
 def model_config(cfg: dict[str, Any]) -> GPTConfig:
     """The network's configuration out of a resolved run configuration."""
     return GPTConfig.from_dict({k: v for k, v in cfg["model"].items() if not k.startswith("_")})
-
-
-def feature_nodes(cfg: dict[str, Any], kind: type) -> dict[str, dict[str, Any]]:
-    """The features of a configuration that are of a kind (objectives, callbacks), in the order they were given in."""
-    return {
-        name: node
-        for name, node in cfg.items()
-        if name not in TARGET_GROUPS and isinstance(node, dict) and "_target_" in node and _is(kind, node["_target_"])
-    }
-
-
-def _is(kind: type, target: str) -> bool:
-    found = get_object(target)
-    return isinstance(found, type) and issubclass(found, kind)
 
 
 class NanoChatModule(lightning.LightningModule):
@@ -73,8 +59,7 @@ class NanoChatModule(lightning.LightningModule):
         loss = {k: v for k, v in (cfg.get("loss") or {}).items() if not k.startswith("_")}
         self.objectives = nn.ModuleDict({"next_token": NextToken(config, seed=seed, **loss)})
         for name, node in feature_nodes(cfg, Objective).items():
-            # in two calls, since Hydra's own first parameter is named config, too
-            self.objectives[name] = instantiate(node, _partial_=True)(config=config, seed=seed)
+            self.objectives[name] = build_objective(node, config=config, seed=seed)
         self.schedule = instantiate(cfg["schedule"])
         self.max_steps = int(cfg["trainer"]["max_steps"])
         self.rate_scale = rate_scale

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from nanochat.checkpoint import DamagedCheckpointError, check_whole, read_checkpoint
+from nanochat.config.renamed import rename_targets
+from nanochat.config.schema import DEFAULTS, PLAIN_KEYS
 from nanochat.errors import UserError
 from nanochat.files import anchored
 from nanochat.run_folder import step_checkpoints
 
 log = logging.getLogger(__name__)
 
-OWN_RULES = {"ckpt_path", "callbacks", "compile", "data", "debug", "experiment", "hydra", "logger", "loss", "optim",
-             "rate_scale", "schedule", "seed", "tags", "task_name", "tokenizer", "trainer"}  # fmt: skip
+OWN_RULES = {*PLAIN_KEYS, *DEFAULTS, "hydra", "rate_scale"} - {"model"}
 """top-level keys that are not compared as a whole; all others (the model, the features) must be equal"""
 MUST_BE_EQUAL = ("seed", "data.corpus", "data.seq_len", "data.batch_size", "data.seed", "data.vocab_size",
                  "trainer.accumulate_grad_batches", "loss.label_smoothing", "loss.z_loss")  # fmt: skip
@@ -135,7 +136,7 @@ def check_resume(path: Path, plain_cfg: dict[str, Any]) -> None:
     saved, run = (checkpoint.get("hyper_parameters") or {}).get("cfg"), checkpoint.get("nanochat_run")
     if not isinstance(saved, dict) or not isinstance(run, dict) or "optimizer_states" not in checkpoint:
         raise UserError(f"ckpt_path={path} holds weights only, or is not a run of nanochat: it cannot be resumed.")
-    saved = anchor_paths(saved)
+    saved = anchor_paths(rename_targets(saved))
     whole = sorted((set(saved) | set(plain_cfg)) - OWN_RULES)
     changed = [
         line
@@ -172,7 +173,7 @@ def lookup(cfg: dict[str, Any], key: str) -> Any:
 
 
 def differences(key: str, old: Any, new: Any) -> list[str]:
-    """`key old -> new` for each leaf that differs; an absent one equals null."""
+    """`key old -> new` for each leaf that differs; an absent one equals null, and `auto` of an option that is new."""
     old, new = (None if v is ABSENT else list(v) if isinstance(v, tuple) else v for v in (old, new))
     if isinstance(old, dict) or isinstance(new, dict):
         # a feature that is off has no node, or an empty one
@@ -182,7 +183,7 @@ def differences(key: str, old: Any, new: Any) -> list[str]:
             for name in sorted({**before, **after}, key=str)
             for line in differences(f"{key}.{name}", before.get(name), after.get(name))
         ]
-    return [] if old == new else [f"{key} {show(old)} -> {show(new)}"]
+    return [] if old == new or (old is None and new == "auto") else [f"{key} {show(old)} -> {show(new)}"]
 
 
 def show(value: Any) -> str:

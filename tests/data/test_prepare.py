@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from nanochat.data import prepare as module
-from nanochat.data.corpora import Corpus, Document
 from nanochat.data.prepare import DROPPED, TRAIN, VAL, prepare, scan, split_documents, split_of
 from nanochat.data.shards import open_shards
+from nanochat.data.sources.base import Document
+from nanochat.data.sources.text import TextFiles
 from nanochat.data.tokenizer import BPE, Byte
 from nanochat.errors import UserError
 
@@ -35,7 +36,7 @@ def documents_of(shards, split: str) -> list[str]:
 
 @pytest.mark.parametrize("spec", [BPE(300), Byte()], ids=["bpe", "byte"])
 def test_shards_hold_the_text(corpus_dir, cache, spec):
-    corpus = Corpus("text", [corpus_dir])
+    corpus = TextFiles([corpus_dir])
     shards = prepare(corpus, spec, cache)
     expected = {"train": [], "val": []}
     for document in corpus.documents():
@@ -60,7 +61,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
 
 
 def test_long_documents_and_small_batches_give_the_same_tokens(corpus_dir, cache, monkeypatch):
-    corpus = Corpus("text", [corpus_dir])
+    corpus = TextFiles([corpus_dir])
     before = prepare(corpus, BPE(300), cache)
     monkeypatch.setattr("nanochat.data.tokenizer.PIECE", 100)
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
@@ -70,12 +71,12 @@ def test_long_documents_and_small_batches_give_the_same_tokens(corpus_dir, cache
 
 
 def test_the_same_text_is_never_in_both_splits(corpus_dir, cache):
-    files = Corpus("text", [corpus_dir]).files()
+    files = TextFiles([corpus_dir]).files()
     val = next(file for file in files if split_of(file.name) == VAL)
     train = [file for file in files if split_of(file.name) == TRAIN]
     for file in train[:3]:
         file.path.write_bytes(val.path.read_bytes())
-    shards = prepare(Corpus("text", [corpus_dir]), Byte(), cache)
+    shards = prepare(TextFiles([corpus_dir]), Byte(), cache)
     texts = {split: documents_of(shards, split) for split in ("train", "val")}
     assert not set(texts["train"]) & set(texts["val"])
     assert len(set(texts["train"])) == len(texts["train"])
@@ -83,22 +84,22 @@ def test_the_same_text_is_never_in_both_splits(corpus_dir, cache):
 
 
 def test_validation_paths(corpus_dir, cache):
-    train = Corpus("text", [corpus_dir])
-    validation = Corpus("text", [corpus_dir / "part0" / "file0.txt"], "data.val_paths")
+    train = TextFiles([corpus_dir])
+    validation = TextFiles([corpus_dir / "part0" / "file0.txt"], "data.val_paths")
     shards = prepare(train, Byte(), cache, validation)
     assert documents_of(shards, "val") == [(corpus_dir / "part0" / "file0.txt").read_text()]
     # what validates does not train, and nothing else is put aside
     assert len(documents_of(shards, "train")) == 59
     assert shards.header["split"] == "paths"
     with pytest.raises(UserError, match="no text that"):
-        prepare(Corpus("text", [corpus_dir / "part1"]), Byte(), cache, Corpus("text", [corpus_dir], "data.val_paths"))
+        prepare(TextFiles([corpus_dir / "part1"]), Byte(), cache, TextFiles([corpus_dir], "data.val_paths"))
 
 
 @pytest.mark.parametrize("lines", [True, False])
 def test_one_file_is_split_by_position(tmp_path, cache, lines):
     text = "".join(f"línea {i}" + "\n" * lines for i in range(400))
     (tmp_path / "one.txt").write_text(text)
-    shards = prepare(Corpus("text", [tmp_path / "one.txt"]), Byte(), cache)
+    shards = prepare(TextFiles([tmp_path / "one.txt"]), Byte(), cache)
     (train,), (val,) = documents_of(shards, "train"), documents_of(shards, "val")
     assert train + val == text
     assert 0.04 < len(val) / len(text) < 0.06
@@ -110,7 +111,7 @@ def test_two_files_of_one_split_are_split_by_position(tmp_path, cache):
     names = [name for name in (f"{i}.txt" for i in range(100)) if split_of(name) == TRAIN][:2]
     for name in names:
         (tmp_path / name).write_text(f"a line of {name}\n" * 100)
-    shards = prepare(Corpus("text", [tmp_path / name for name in names]), Byte(), cache)
+    shards = prepare(TextFiles([tmp_path / name for name in names]), Byte(), cache)
     assert len(documents_of(shards, "train")) == 2
     assert "".join(documents_of(shards, "val")).startswith(f"a line of {names[1]}\n")
 
@@ -119,21 +120,23 @@ def test_nothing_to_read(tmp_path, cache):
     (tmp_path / "latin.txt").write_bytes(b"\xe4")
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match=r"data\.paths=.* has no text to use; skipped: latin\.txt \(not UTF-8\)"):
-        prepare(Corpus("text", [tmp_path]), Byte(), cache)
+        prepare(TextFiles([tmp_path]), Byte(), cache)
     with pytest.raises(UserError, match=r"data\.paths=.*no text"):
-        prepare(Corpus("text", [tmp_path / "empty.txt"]), Byte(), cache)
+        prepare(TextFiles([tmp_path / "empty.txt"]), Byte(), cache)
     (tmp_path / "fine.txt").write_text("fine text")
     with pytest.raises(UserError, match=r"data\.val_paths=.*no text"):
-        prepare(Corpus("text", [tmp_path]), Byte(), cache, Corpus("text", [tmp_path / "empty.txt"], "data.val_paths"))
+        prepare(TextFiles([tmp_path]), Byte(), cache, TextFiles([tmp_path / "empty.txt"], "data.val_paths"))
     assert not [path for path in (cache / "data").iterdir() if path.suffix != ".lock"]
 
 
 def test_what_was_skipped_is_in_the_header(corpus_dir, cache, caplog):
     (corpus_dir / "latin.txt").write_bytes(b"\xe4")
     (corpus_dir / "gone.txt").symlink_to("nowhere")
-    header = prepare(Corpus("text", [corpus_dir]), Byte(), cache).header
+    (corpus_dir / "empty.txt").touch()
+    header = prepare(TextFiles([corpus_dir]), Byte(), cache).header
     assert header["skipped"] == {
         "count": 2,
+        "empty": 1,
         "named": {"gone.txt": "No such file or directory", "latin.txt": "not UTF-8"},
     }
     assert "Skipped 2 of the corpus: gone.txt" in caplog.text
@@ -143,7 +146,7 @@ def test_compression_is_of_the_validation_text(corpus_dir, cache):
     import gzip
     import lzma
 
-    corpus = Corpus("text", [corpus_dir])
+    corpus = TextFiles([corpus_dir])
     shards = prepare(corpus, Byte(), cache)
     text = "\n".join(d.text for d in corpus.documents() if split_of(d.name) == VAL).encode()
     said = shards.header["compression"]
@@ -157,7 +160,7 @@ def test_compression_is_of_the_validation_text(corpus_dir, cache):
 
 
 def test_the_cache_is_used_until_something_changes(corpus_dir, cache, monkeypatch):
-    corpus, builds = Corpus("text", [corpus_dir]), []
+    corpus, builds = TextFiles([corpus_dir]), []
     build = module._build
     monkeypatch.setattr(module, "_build", lambda *a: (builds.append(a), build(*a)))
 
@@ -168,7 +171,7 @@ def test_the_cache_is_used_until_something_changes(corpus_dir, cache, monkeypatc
 
     assert built()
     assert not built()
-    assert not built(Corpus("text", [corpus_dir]))
+    assert not built(TextFiles([corpus_dir]))
     tokenizer = prepare(corpus, BPE(300), cache).tokenizer
     assert not built(spec=tokenizer)  # the finished tokenizer finds the same shards
     assert built(spec=BPE(301))
@@ -183,20 +186,20 @@ def test_the_cache_is_used_until_something_changes(corpus_dir, cache, monkeypatc
 
 
 def test_identity_is_of_the_content_alone(corpus_dir, cache):
-    first = prepare(Corpus("text", [corpus_dir]), BPE(300), cache)
+    first = prepare(TextFiles([corpus_dir]), BPE(300), cache)
     for path in corpus_dir.rglob("*.txt"):
         os.utime(path, ns=(1, 1))
-    second = prepare(Corpus("text", [corpus_dir]), BPE(300), cache)
+    second = prepare(TextFiles([corpus_dir]), BPE(300), cache)
     assert first.folder != second.folder
     assert first.identity == second.identity
-    assert prepare(Corpus("text", [corpus_dir]), BPE(301), cache).identity != first.identity
-    before = prepare(Corpus("text", [corpus_dir]), Byte(), cache)
+    assert prepare(TextFiles([corpus_dir]), BPE(301), cache).identity != first.identity
+    before = prepare(TextFiles([corpus_dir]), Byte(), cache)
     (corpus_dir / "part0" / "file0.txt").write_text("other text")
-    assert prepare(Corpus("text", [corpus_dir]), Byte(), cache).identity != before.identity
+    assert prepare(TextFiles([corpus_dir]), Byte(), cache).identity != before.identity
 
 
 def test_a_corpus_that_changes_while_it_is_read(corpus_dir, cache):
-    class Growing(Corpus):
+    class Growing(TextFiles):
         reads = 0
 
         def documents(self, skipped=None):
@@ -209,14 +212,14 @@ def test_a_corpus_that_changes_while_it_is_read(corpus_dir, cache):
             documents = list(super().documents(skipped))
             yield from documents if self.reads == 1 else documents[:-2]
 
-    class Touched(Corpus):
+    class Touched(TextFiles):
         def documents(self, skipped=None):
             yield from super().documents(skipped)
             os.utime(corpus_dir / "part0" / "file0.txt")
 
     for kind in (Growing, Shrinking, Touched):
         with pytest.raises(UserError, match="changed while it was read"):
-            prepare(kind("text", [corpus_dir]), Byte(), cache)
+            prepare(kind([corpus_dir]), Byte(), cache)
     assert not [path for path in (cache / "data").iterdir() if path.suffix != ".lock"]
 
 
@@ -224,19 +227,19 @@ def test_folders_that_cannot_be_used(corpus_dir, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", "/proc/no-such-place"):
         with pytest.raises(UserError, match=r"data\.cache_dir=.*cannot be used"):
-            prepare(Corpus("text", [corpus_dir]), Byte(), place)
+            prepare(TextFiles([corpus_dir]), Byte(), place)
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.SplitWriter, "write", full)
     with pytest.raises(UserError, match="No space left on device"):
-        prepare(Corpus("text", [corpus_dir]), Byte(), tmp_path / "cache")
+        prepare(TextFiles([corpus_dir]), Byte(), tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache" / "data").iterdir() if path.suffix != ".lock"]
 
 
 def test_a_linked_folder_that_was_deleted_is_built_again(corpus_dir, cache):
-    corpus = Corpus("text", [corpus_dir])
+    corpus = TextFiles([corpus_dir])
     shards = prepare(corpus, BPE(300), cache)
     tokenizer = shards.tokenizer
     for file in shards.folder.iterdir():
@@ -250,7 +253,7 @@ SCRIPT = """
 import logging, sys, time
 from pathlib import Path
 from nanochat.data import prepare as module
-from nanochat.data.corpora import Corpus
+from nanochat.data.sources.text import TextFiles
 from nanochat.data.tokenizer import BPE
 logging.basicConfig(format="%(message)s")
 encode = module._encode
@@ -264,7 +267,7 @@ def slowly(*args):
     pause("after")
     return counts
 module._encode = slowly
-print("identity", module.prepare(Corpus("text", [sys.argv[1]]), BPE(300), sys.argv[2]).identity, flush=True)
+print("identity", module.prepare(TextFiles([sys.argv[1]]), BPE(300), sys.argv[2]).identity, flush=True)
 """
 
 
@@ -304,14 +307,14 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(corpus_dir, cache
     (aside,) = [p for p in (cache / "data").iterdir() if p.is_dir()]
     assert re.match(r"\.text-\w+\.\d+$", aside.name)
     began = time.monotonic()
-    shards = prepare(Corpus("text", [corpus_dir]), BPE(300), cache)
+    shards = prepare(TextFiles([corpus_dir]), BPE(300), cache)
     assert time.monotonic() - began < 10
     assert [p for p in (cache / "data").iterdir() if p.is_dir() and not p.is_symlink()] == [shards.folder]
     assert open_shards(shards.folder).identity == shards.identity
 
 
 def test_scanning_twice_decides_the_same(corpus_dir):
-    corpus = Corpus("text", [corpus_dir])
+    corpus = TextFiles([corpus_dir])
     plans = [scan(corpus), scan(corpus)]
     assert plans[0] == plans[1]
     assert DROPPED not in plans[0].places[0]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.data.corpora import Corpus
 from nanochat.data.prepare import prepare
 from nanochat.data.shards import FORMAT, HEADER, open_shards, write_header
+from nanochat.data.sources.text import TextFiles
 from nanochat.data.tokenizer import BPE, Byte
 from nanochat.errors import UserError
 
@@ -21,7 +21,7 @@ from .conftest import make_text
 def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("shards")
     (root / "text.txt").write_text(make_text(0, 300))
-    return prepare(Corpus("text", [root / "text.txt"]), BPE(300), root / "cache").folder
+    return prepare(TextFiles([root / "text.txt"]), BPE(300), root / "cache").folder
 
 
 @pytest.fixture

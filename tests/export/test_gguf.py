@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 
@@ -15,7 +16,7 @@ from nanochat.errors import UserError
 from nanochat.export import gguf as export
 from nanochat.export import llama_cpp
 from nanochat.export.gguf_reader import GGUFFile
-from nanochat.export.packing import TERNARY_TYPES, pack, pack_q4_0
+from nanochat.export.packing import BLOCK, BLOCK_BYTES, NUMBERS, TERNARY_TYPES, pack, pack_q2_0, pack_q4_0, unpack
 from nanochat.export.vocabulary import read_vocabulary
 from nanochat.inference.engine import inference_copy
 from nanochat.model import GPTConfig
@@ -128,6 +129,62 @@ def test_q4_0_against_the_library(seed):
     assert np.array_equal(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q4_0), values)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_q2_0_against_llama_cpp(seed, llama):
+    """Its own dequantiser reads our bytes, and ours reads every byte as it does."""
+    base = ctypes.CDLL(str(llama_cpp.find() / "libggml-base.so"))
+    base.dequantize_row_q2_0.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+    def theirs(packed):
+        packed, out = np.ascontiguousarray(packed), np.zeros(packed.size // 18 * 64, np.float32)
+        base.dequantize_row_q2_0(packed.ctypes.data, out.ctypes.data, out.size)
+        return out.reshape(len(packed), -1)
+
+    weight = torch.randn(6, 512, generator=torch.Generator().manual_seed(seed)) * 10.0 ** -(seed * 2)
+    weight[2, :256] = 0
+    for block in (64, 256, 0):
+        values = dequantise(*ternarise(weight, block), block).numpy()
+        packed = pack_q2_0(values)
+        assert packed.shape == (6, 512 // 64 * 18)
+        assert np.array_equal(theirs(packed), values)
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 36), dtype=np.uint8)
+    noise[:, [1, 19]] &= 0x7B  # finite scales
+    assert np.array_equal(unpack(noise, "q2_0"), theirs(noise))
+
+
+def test_the_types_numbers_and_sizes_are_llama_cpp_s(llama):
+    base = ctypes.CDLL(str(llama_cpp.find() / "libggml-base.so"))
+    base.ggml_type_name.restype, base.ggml_type_size.restype = ctypes.c_char_p, ctypes.c_size_t
+    base.ggml_blck_size.restype = ctypes.c_int64
+    for name, number in NUMBERS.items():
+        assert base.ggml_type_name(number).decode() == name
+        assert (base.ggml_blck_size(number), base.ggml_type_size(number)) == (BLOCK[name], BLOCK_BYTES[name])
+
+
+@pytest.mark.parametrize("kind", export.TYPES)
+def test_llama_cpp_names_the_type(kind, runs, llama, tmp_path):
+    path = export.export_gguf(runs("qwen3"), tmp_path / "model.gguf", kind).path
+    with llama_cpp.LlamaModel(path, context=LENGTH) as model:
+        assert kind.upper().replace("F32", "all F32") in model.describe()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({}, "tq2_0"),
+        ({"dim": 192}, "q2_0"),
+        ({"dim": 160}, "q4_0"),
+        ({"dim": 200}, "f16"),
+        ({"ternary": False}, "f16"),
+        ({"weight_block": 64}, "q2_0"),
+        ({"weight_block": 32}, "q4_0"),
+        ({"weight_block": 0}, "tq2_0"),
+    ],
+)
+def test_the_type_that_auto_takes(change, kind):
+    assert export.default_type(dataclasses.replace(BASE, **change)) == kind
+
+
 def test_packing_refuses_what_it_would_change():
     values = np.linspace(-1, 1, 512, dtype=np.float32).reshape(1, -1)
     for kind in (*TERNARY_TYPES, "f16"):
@@ -159,7 +216,7 @@ def test_names_the_switch_that_llama_cpp_cannot_run(change, message):
 @pytest.mark.parametrize(
     ("change", "kind", "embedding", "message"),
     [
-        ({"dim": 192}, "tq2_0", "f16", "model.dim is 192; use --type q4_0, f16 or f32"),
+        ({"dim": 192}, "tq2_0", "f16", "model.dim is 192; use --type q2_0, q4_0, f16 or f32"),
         ({"dim": 200}, "q4_0", "f16", "model.dim is 200; use --type f16 or f32"),
         ({"dim": 200}, "f16", "q8_0", "--embedding-type q8_0.*model.dim is 200"),
         ({"weight_block": 64}, "tq1_0", "q8_0", "model.weight_block is 64"),

@@ -46,9 +46,21 @@ def trained(config, corpus, steps=30):
     return gpt, mtp
 
 
+LANE = dataclasses.replace(BASE, value_embeddings=2)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tokenizer_file, corpus):
-    gpt, mtp = trained(VARIANTS["qwen3"], corpus)
+    return trained_run(VARIANTS["qwen3"], tmp_path_factory, tokenizer_file, corpus)
+
+
+@pytest.fixture(scope="module", params=[VARIANTS["qwen3"], LANE], ids=["plain", "value embeddings"])
+def either_run(request, run, tmp_path_factory, tokenizer_file, corpus):
+    return run if request.param != LANE else trained_run(LANE, tmp_path_factory, tokenizer_file, corpus)
+
+
+def trained_run(config, tmp_path_factory, tokenizer_file, corpus):
+    gpt, mtp = trained(config, corpus)
     heads = {f"mtp.{name}": tensor for name, tensor in mtp.state_dict().items()}
     folder = write_run(tmp_path_factory.mktemp("mtp") / "run", gpt, objectives=heads)
     (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
@@ -123,13 +135,16 @@ def our_heads(run, tokens):
             if hasattr(module, "int8"):
                 module.int8 = "none"
         length = hidden.shape[1] - 1
-        embedded = gpt.embed(tokens[None, i + 1 : i + 1 + length])
-        hidden = head(hidden[:, :length], embedded, gpt.cos[:length], gpt.sin[:length])
+        following = tokens[None, i + 1 : i + 1 + length]
+        lane = gpt.lane(following)
+        square = None if lane is None else lane.square
+        hidden = head(hidden[:, :length], gpt.embed(following), gpt.cos[:length], gpt.sin[:length], square=square)
         result.append(gpt.logits(hidden)[0].numpy())
     return result
 
 
-def test_llama_cpp_computes_the_trunk_and_every_head(run, llama, corpus, tmp_path):
+def test_llama_cpp_computes_the_trunk_and_every_head(either_run, llama, corpus, tmp_path):
+    run = either_run
     report = export_gguf(run, tmp_path / "model.gguf", "f32")
     assert report.architecture == "hy_v3"
     assert any("2 heads of multi-token prediction to draft with" in note for note in report.notes)
@@ -140,7 +155,7 @@ def test_llama_cpp_computes_the_trunk_and_every_head(run, llama, corpus, tmp_pat
         theirs = model.logits(tokens.tolist())
         assert np.abs(theirs - trunk).max() <= 2e-4
         assert (theirs.argmax(-1) == trunk.argmax(-1)).all()
-        hidden = nextn.hidden(model._context, LENGTH, run.config.dim)
+        hidden = nextn.hidden(model._context, LENGTH, run.config.stream_width)
         for i, ours in enumerate(heads):
             rows = LENGTH - i - 1
             logits, hidden = nextn.logits(i, tokens[i + 1 :].tolist(), hidden[:rows], i + 1)
@@ -156,7 +171,7 @@ def test_the_trunk_alone(run, tmp_path):
     assert not read_export(report.path).objectives
 
 
-@pytest.mark.parametrize("kind", ["tq2_0", "q4_0", "f32"])
+@pytest.mark.parametrize("kind", ["tq2_0", "q2_0", "q4_0", "f32"])
 @pytest.mark.parametrize("own", [False, True])
 def test_the_heads_read_back(run, kind, own, tmp_path):
     path = export_gguf(run, tmp_path / "model.gguf", kind, own=own).path

@@ -44,7 +44,9 @@ def export(run, path, kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["tq2_0", "tq1_0", "q4_0", "f16", "f32", "own-tq2_0", "own-q4_0", "safetensors"])
+@pytest.mark.parametrize(
+    "kind", ["tq2_0", "tq1_0", "q2_0", "q4_0", "f16", "f32", "own-tq2_0", "own-q2_0", "own-q4_0", "safetensors"]
+)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_round_trip(name, kind, runs, tmp_path):
     run = runs(name)
@@ -99,7 +101,7 @@ def test_latent_weights_ternarise_to_the_same_values(block, spread):
 
 
 def test_verify_accepts_what_was_exported(runs, llama, tmp_path):
-    for kind in ("tq2_0", "q4_0", "f32", "own-tq1_0", "safetensors"):
+    for kind in ("tq2_0", "q2_0", "q4_0", "f32", "own-tq1_0", "safetensors"):
         run = runs("llama")
         found = verify(export(run, tmp_path / kind, kind), run, length=64)
         assert found.passed

@@ -55,7 +55,8 @@ def batches() -> list[torch.Tensor]:
 def options(optimizer: str) -> list[str]:
     """The overrides of a golden run."""
     galore = ["optim.rank=16", "optim.lr=0.1"] if "galore" in optimizer else []  # else the head learns it all
-    return [*MODEL, f"optim={optimizer}", *galore]
+    muon = ["optim.ns_dtype=float32"] if "muon" in optimizer else []  # machines differ in what auto is
+    return [*MODEL, f"optim={optimizer}", *galore, *muon]
 
 
 def losses(optimizer: str, overrides: Sequence[str] = ()) -> list[float]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nanochat.checkpoint import Run
 from nanochat.errors import UserError
-from nanochat.inference import cli
+from nanochat.inference import TextStream, cli
 from tests.inference.helpers import ByteTokenizer, random_gpt, write_run
 
 DECODE = ByteTokenizer().decode
@@ -19,7 +19,7 @@ DECODE = ByteTokenizer().decode
 @given(st.lists(st.binary(min_size=1, max_size=5), max_size=30))
 def test_streamed_text_is_the_decoded_text(pieces):
     """Tokens of arbitrary bytes: what streams out is final at once and equals decoding the whole."""
-    stream = cli.TextStream(lambda tokens: b"".join(pieces[t] for t in tokens).decode(errors="replace"))
+    stream = TextStream(lambda tokens: b"".join(pieces[t] for t in tokens).decode(errors="replace"))
     shown = ""
     whole = b"".join(pieces).decode(errors="replace")
     for token in range(len(pieces)):
@@ -29,7 +29,7 @@ def test_streamed_text_is_the_decoded_text(pieces):
 
 
 def test_a_character_of_four_tokens_appears_whole():
-    stream = cli.TextStream(DECODE)
+    stream = TextStream(DECODE)
     assert [stream.push(byte) for byte in "a😀b".encode()] == ["a", "", "", "", "😀", "b"]
 
 

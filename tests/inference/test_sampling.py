@@ -78,6 +78,25 @@ def test_a_row_depends_on_its_own_generator_alone():
     assert torch.equal(together, torch.cat(alone))
 
 
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99999, 1.0])
+@pytest.mark.parametrize("scale", [0.01, 5.0])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_sorting_all(top_p, scale):
+    """Flat and peaked rows of 5,000 tokens, of which only a few are looked at first."""
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(2)).double() * scale
+    for row in logits:
+        expected = torch.tensor(brute_force(row.tolist(), 0.7, 0, top_p), dtype=torch.float64)
+        torch.testing.assert_close(probabilities(row, Sampling(0.7, top_p=top_p)), expected, atol=1e-12, rtol=0)
+
+
+def test_min_p_keeps_what_is_likely_enough():
+    logits = torch.tensor([4.0, 3.0, 2.0, 1.0, -3.0])
+    plain = probabilities(logits, Sampling(1.0))
+    for top_p in (1.0, 0.95):
+        kept = probabilities(logits, Sampling(1.0, top_p=top_p, min_p=0.13))
+        assert (kept > 0).tolist() == [True, True, True, False, False]
+        torch.testing.assert_close(kept[:3], plain[:3] / plain[:3].sum())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_logits_of_a_diverged_model(bad):
     with pytest.raises(UserError, match="diverged"):
@@ -92,3 +111,13 @@ def test_logits_of_a_diverged_model(bad):
 def test_values_that_mean_nothing(values, name):
     with pytest.raises(UserError, match=name):
         Sampling(*values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"min_p": -0.1}, {"min_p": 2.0}, {"repetition_penalty": 0.0}, {"presence_penalty": math.inf},
+     {"frequency_penalty": math.nan}],
+)  # fmt: skip
+def test_values_of_penalties_that_mean_nothing(values):
+    with pytest.raises(UserError, match=f"--{next(iter(values)).replace('_', '-')}"):
+        Sampling(**values)

@@ -5,14 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import wrap_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanochat.model.attention as attention_module
 import nanochat.model.feedforward as feedforward_module
 from nanochat.model import GPT, GPTConfig
 from nanochat.model.attention import QUERY_BLOCK, causal_attention
-from nanochat.model.compact_backward import KeptRows, compact, row_function
+from nanochat.model.compact_backward import KeptRows, compact
 from nanochat.model.hyper_connections import expand, reduce
+from nanochat.model.value_embeddings import make_lane
 from nanochat.objectives import linear_cross_entropy
 
 BASE = GPTConfig(
@@ -69,7 +71,10 @@ def oracle_hidden(gpt, tokens, positions, monkeypatch):
         return torch.stack([cut(s, positions) for s in x]) if gpt.config.streams > 1 else cut(x, positions)
 
     cos, sin = gpt.cos[: tokens.shape[1]], gpt.sin[: tokens.shape[1]]
-    x = cut(gpt.embed(tokens), positions)
+    x, lane = cut(gpt.embed(tokens), positions), None
+    if gpt.value_embedding is not None:
+        lane = make_lane(cut(gpt.value_embedding(tokens), positions), gpt.config)
+    square = None if lane is None else lane.square
     if gpt.config.streams > 1:
         x = expand(x, gpt.config.streams)
     with monkeypatch.context() as patch:
@@ -81,9 +86,9 @@ def oracle_hidden(gpt, tokens, positions, monkeypatch):
                 x = cut_streams(block.hyper_attention(x, lambda u, b=block: b.attention(u, cos, sin)))
                 x = cut_streams(block.hyper_feedforward(x, block.feedforward))
             else:
-                x = cut_streams(x + block.attention(x, cos, sin))
-                x = cut_streams(x + block.feedforward(x))
-    return gpt.norm(reduce(x) if gpt.config.streams > 1 else x)
+                x = cut_streams(x + block.attention(x, cos, sin, lane=lane))
+                x = cut_streams(x + block.feedforward(x, square))
+    return gpt.norm(reduce(x) if gpt.config.streams > 1 else x, square)
 
 
 def gradients(gpt, hidden, targets, positions):
@@ -130,6 +135,9 @@ def compare(gpt, monkeypatch, count, batch=2, length=None, tolerance=1e-5):
         {"ternary": False},
         {"streams": 2},
         {"streams": 2, "stream_maps": "dynamic"},
+        {"value_embeddings": 1},
+        {"value_embeddings": 2, "value_embedding_layers": (0, 2), "value_embedding_width": 8},
+        {"value_embeddings": 1, "value_gate": "input", "value_embedding_std": 0.5},
     ],
     ids=str,
 )
@@ -193,7 +201,6 @@ def test_accumulation_adds_up():
         assert torch.allclose(parameter.grad, parts[0][name] + parts[1][name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("streams", [1, 2])
 def test_bf16_autocast(streams, monkeypatch):
     gpt = network(replace(BASE, streams=streams)).float()
@@ -277,13 +284,13 @@ def test_attention_backward_against_dense_scores():
         assert (a - b * mask).norm() <= 1e-6 * b.norm()
 
 
-def test_any_row_function_goes_through_torchs_own_backward():
+def test_any_wrapped_function_goes_through_torchs_own_backward():
     source = torch.Generator().manual_seed(0)
     x, y = (torch.randn(2, 6, 4, generator=source, requires_grad=True) for _ in range(2))
     gain = torch.randn(4, generator=source, requires_grad=True)
     bias = torch.randn(4, generator=source, requires_grad=True)
 
-    @row_function()
+    @wrap_torch_function(lambda a: (a,))
     def swap(a):
         first, second = a.chunk(2, -1)
         return torch.cat((second, first), -1)

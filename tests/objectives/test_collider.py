@@ -85,10 +85,19 @@ def gradients(*modules):
 
 
 @pytest.mark.parametrize(
-    ("kind", "streams"), [(None, 1), ("sequential", 1), ("weights-only", 1), ("parallel", 1), ("sequential", 2)]
+    ("kind", "switches"),
+    [
+        (None, {}),
+        ("sequential", {}),
+        ("weights-only", {}),
+        ("parallel", {}),
+        ("sequential", {"streams": 2}),
+        ("sequential", {"value_embeddings": 2}),
+    ],
+    ids=str,
 )
-def test_a_filtered_step_with_mtp_is_the_oracles(kind, streams, monkeypatch):
-    config = GPTConfig(**{**BASE.__dict__, "streams": streams})
+def test_a_filtered_step_with_mtp_is_the_oracles(kind, switches, monkeypatch):
+    config = GPTConfig(**{**BASE.__dict__, **switches})
     gpt = network(config).float()
     objectives = [NextToken(config)]
     if kind:
@@ -103,7 +112,7 @@ def test_a_filtered_step_with_mtp_is_the_oracles(kind, streams, monkeypatch):
         module.zero_grad()
     kept = step.kept
     hidden, embedded = oracle_hidden(gpt, tokens, kept, monkeypatch), gpt.embed(tokens)
-    oracle = Step(gpt, tokens, targets, hidden, embedded, eot_id=0, micro_step=MICRO_STEP)
+    oracle = Step(gpt, tokens, targets, hidden, embedded, gpt.lane(tokens), eot_id=0, micro_step=MICRO_STEP)
     if kind == "sequential":
         detach_in_heads(objectives[1], kept, monkeypatch)
     objectives[0].selector = TopTokens(14)
@@ -121,11 +130,11 @@ def detach_in_heads(mtp, kept, monkeypatch):
 
     inner = attention_module.causal_attention
 
-    def head_forward(self, hidden, embedded, cos, sin, cache=None, kept=None):
+    def head_forward(self, hidden, embedded, cos, sin, cache=None, kept=None, square=None):
         where = kept.positions
         with monkeypatch.context() as patch:
             patch.setattr(attention_module, "causal_attention", lambda q, k, v: inner(q, cut(k, where), cut(v, where)))
-            x = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
+            x = torch.cat((self.embedding_norm(embedded, square), self.hidden_norm(hidden)), dim=-1)
             x = cut(self.eh_proj(quantise(x)), where)
             x = cut(x + self.block.attention(x, cos, sin), where)
             return self.norm(cut(x + self.block.feedforward(x), where))

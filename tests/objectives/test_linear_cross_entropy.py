@@ -33,7 +33,9 @@ def inputs(batch=3, length=14, dim=8, vocabulary=29, seed=0, ignored=0.2):
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
-def dense(hidden, weight, targets, kept=None, *, softcap=0.0, label_smoothing=0.0, z_loss=0.0):
+def dense(
+    hidden, weight, targets, kept=None, row_weights=None, divisor=None, *, softcap=0.0, label_smoothing=0.0, z_loss=0.0
+):
     """The definition in float64: (loss, per-token losses, gradients of hidden and weight)."""
     h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     logits = h @ w.T
@@ -51,7 +53,10 @@ def dense(hidden, weight, targets, kept=None, *, softcap=0.0, label_smoothing=0.
     mask = (targets != IGNORED).double()
     if kept is not None:
         mask = mask * torch.zeros_like(mask).scatter_(1, kept, 1.0)
-    loss = (losses * mask.flatten()).sum() / mask.sum().clamp_min(1)
+    divisor = mask.sum().clamp_min(1) if divisor is None else divisor
+    if row_weights is not None:
+        mask = mask * row_weights
+    loss = (losses * mask.flatten()).sum() / divisor
     loss.backward()
     return loss.detach(), plain.view_as(targets).detach(), h.grad, w.grad
 
@@ -104,6 +109,96 @@ def test_selector_is_the_dense_masked_loss(options, chunk):
     dropped = torch.ones_like(targets, dtype=torch.bool).scatter_(1, expected_kept, False)
     assert not hidden.grad[dropped].any()
     assert (selector.scores[-1, targets[-1] == IGNORED] == -torch.inf).all()
+
+
+def agrees(result, hidden, weight, expected):
+    """The loss, the plain losses and both gradients, to 1e-5."""
+    loss, per_token, grad_hidden, grad_weight = expected
+    assert relative(result.loss.detach(), loss) <= 1e-5
+    assert relative(result.per_token, per_token) <= 1e-5
+    assert relative(hidden.grad, grad_hidden) <= 1e-5
+    assert relative(weight.grad, grad_weight) <= 1e-5
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("block", [1, 60, 10**6])
+def test_any_block_of_exponentials_in_either_layout(block, by_columns, options, monkeypatch):
+    monkeypatch.setattr(loss_module, "CPU_COLUMN_MAJOR", 1 if by_columns else 10**9)
+    monkeypatch.setattr(loss_module, "CPU_BLOCK", block)
+    hidden, weight, targets = inputs()
+    result = linear_cross_entropy(hidden, weight, targets, chunk=16, **options)
+    result.loss.backward()
+    agrees(result, hidden, weight, dense(hidden, weight, targets, **options))
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch >= 2.13")
+def test_against_torchs_own():
+    hidden, weight, targets = inputs(dim=32, vocabulary=301)
+    linear_cross_entropy(hidden, weight, targets, chunk=16).loss.backward()
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    F.linear_cross_entropy(h.flatten(0, 1), w, targets.flatten(), ignore_index=IGNORED).backward()
+    assert relative(hidden.grad, h.grad) <= 1e-5
+    assert relative(weight.grad, w.grad) <= 1e-5
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("select", [False, True])
+def test_row_weights_scale_the_losses_under_the_same_divisor(select, options):
+    hidden, weight, targets = inputs()
+    row_weights = torch.rand(targets.shape, generator=torch.Generator().manual_seed(5)) * 3
+    selector = TopLoss(5) if select else None
+    result = linear_cross_entropy(
+        hidden, weight, targets, selector=selector, row_weights=row_weights, chunk=14, **options
+    )
+    result.loss.backward()
+    agrees(result, hidden, weight, dense(hidden, weight, targets, result.kept, row_weights, **options))
+
+
+@pytest.mark.parametrize("chunk", [14, 42])
+def test_a_selectors_weights_go_with_the_number_of_all_targets(chunk):
+    hidden, weight, targets = inputs()
+    positions = torch.tensor([[0, 3, 5], [1, 2, 13], [4, 9, 10]])
+    given = torch.tensor([[1.0, 0.5, 2.0], [3.0, 1.5, 1.0], [0.0, 4.0, 1.0]])
+    parts = iter(zip(positions.split(chunk // 14), given.split(chunk // 14), strict=True))
+    result = linear_cross_entropy(hidden, weight, targets, selector=lambda scores: next(parts), chunk=chunk)
+    result.loss.backward()
+    spread = torch.zeros(targets.shape).scatter_(1, positions, given)
+    divisor = (targets != IGNORED).sum()
+    agrees(result, hidden, weight, dense(hidden, weight, targets, positions, spread, divisor))
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_a_selector_may_choose_by_the_norm_of_the_gradient(by_columns, monkeypatch):
+    monkeypatch.setattr(loss_module, "CPU_COLUMN_MAJOR", 1 if by_columns else 10**9)
+    monkeypatch.setattr(loss_module, "CPU_BLOCK", 60)
+    hidden, weight, targets = inputs()
+    selector = TopLoss(5)
+    selector.by_gradient = True
+    linear_cross_entropy(hidden, weight, targets, selector=selector, softcap=3.0, chunk=42)
+    logits = 3.0 * torch.tanh((hidden.detach().double() @ weight.detach().double().T) / 3.0)
+    norms = (logits.softmax(-1) - F.one_hot(targets.clamp_min(0), 29)).norm(dim=-1)
+    valid = targets != IGNORED
+    assert torch.allclose(selector.scores[valid].double(), norms[valid], rtol=1e-5)
+    assert (selector.scores[~valid] == -torch.inf).all()
+
+
+def test_a_confident_prediction_keeps_the_digits_of_its_gradient_in_bf16():
+    """softmax - 1 of the target is about -3e-4: a probability rounded to bfloat16 would make it 0."""
+    weight = torch.tensor([[8.0], [0.0]], requires_grad=True)
+    hidden = torch.ones(1, 1, 1, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(hidden, weight, torch.zeros(1, 1, dtype=torch.long)).loss.backward()
+    expected = torch.tensor(8.0).neg().exp() / (1 + torch.tensor(8.0).neg().exp())
+    assert weight.grad[0].item() == pytest.approx(-expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "size"),
+    [(50257, torch.float32, 256), (50257, torch.bfloat16, 128), (4096, torch.bfloat16, 256)],
+)
+def test_tokens_of_a_chunk_on_a_cpu(vocabulary, dtype, size):
+    assert loss_module.chunk_size(vocabulary, torch.device("cpu"), dtype) == size
 
 
 @pytest.mark.parametrize("by_columns", [False, True])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +82,7 @@ def train(net: Net, optimizer: Optimizer, first: int, steps: int, max_steps: int
 
 
 def single(parameter: Tensor, rule: str, lr: float, weight_decay: float = 0.0, **options: Any) -> Optimizer:
-    """One parameter moved by one rule."""
+    """One parameter updated by one rule."""
     group = {"rule": rule, **options}
     return build([("w", nn.Parameter(parameter))], lr=lr, weight_decay=weight_decay, groups={"all": group})
 
@@ -87,3 +90,14 @@ def single(parameter: Tensor, rule: str, lr: float, weight_decay: float = 0.0, *
 def only(optimizer: Optimizer) -> nn.Parameter:
     """The parameter of an optimizer made by `single`."""
     return optimizer.param_groups[0]["params"][0]
+
+
+def reloaded(net: Net, optimizer: Optimizer, make_optimizer: Callable[[Net], Optimizer]) -> tuple[Net, Optimizer]:
+    """A copy of a network, and an optimizer of its own with the state of the given one, through a file."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    again = copy.deepcopy(net)
+    loaded = make_optimizer(again)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    return again, loaded

@@ -10,7 +10,8 @@ from nanochat.bench import optim as bench
 from nanochat.bench.measure import peak_extra_bytes
 from nanochat.errors import UserError
 from nanochat.model import GPT
-from nanochat.optim import build, galore
+from nanochat.optim import build
+from nanochat.optim.rules import galore
 from tests.optim.helpers import config
 
 

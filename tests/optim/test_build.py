@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from nanochat.errors import UserError
-from nanochat.optim import build
-from tests.optim.helpers import Net, config, make
+from nanochat.errors import ConfigError, UserError
+from nanochat.optim import RULES, build
+from tests.optim.helpers import NAMES, Net, config, make
 
 
 def names(optimizer):
@@ -63,10 +63,28 @@ BAD = [
     ({"groups": {"matrices": {"ndim": 2, "rule": "adamw"}}}, r"blocks\.0\.norm\.weight .*claimed by none"),
     ({"groups": {"x": {"match": "nothing*", "rule": "adamw"}, "rest": {"rule": "adamw"}}}, r"groups\.x matches no"),
     ({"groups": {"all": {"rule": "adamv"}}}, "adamv.*adamw"),
-    ({"groups": {"all": {"rule": "adamw", "momentun": 0.9}}}, "no option 'momentun'"),
-    ({"groups": {"all": {"rule": "adamw", "rate": "tail_lr"}}}, "tail_lr"),
+    (
+        {"groups": {"all": {"rule": "adamw", "momentun": 0.9}}},
+        r"^optim\.groups\.all\.momentun is not an option of",
+    ),
+    ({"groups": {"all": {"rule": "adamw", "opional": True}}}, "did you mean 'optional'"),
+    ({"momentun": 0.9}, r"^optim\.momentun is not an option .*\(adamw, muon\); did you mean 'momentum'"),
+    ({"weight_decai": 0.9}, "did you mean 'weight_decay'"),
+    ({"haed_lr": 0.9}, r"^optim\.haed_lr is not used: .*; did you mean 'head_lr'"),
+    ({"groups": {"all": {"rule": "adamw"}}, "betas": [0.9, 0.95], "tied_lr": 0.1}, r"optim\.tied_lr is not used"),
+    ({"groups": {"all": {"rule": "adamw", "match": 5}}}, r"groups\.all\.match=5 must be a pattern"),
+    ({"groups": {"all": {"rule": None}}}, "rule=None is unknown; there are adamw"),
+    ({"groups": {"all": {"rule": "adamw"}}, "embedding_state": "8bit"}, "embedding_state is not used"),
+    ({"ns_dtype": "float16"}, "ns_dtype='float16' is unknown; choose one of auto, float32, bfloat16"),
+    (
+        {"groups": {"all": {"rule": "adamw", "rate": "tail_lr"}}},
+        r"all\.rate='tail_lr' is not a rate; there are lr",
+    ),
     ({"groups": {"all": {"rule": "muon"}}}, r"norm\.weight has 1 dimension"),
-    ({"groups": {"all": {"rule": "adamw"}}, "rank": 3}, r"optim\.rank=3"),
+    (
+        {"groups": {"all": {"rule": "adamw"}}, "rank": 3},
+        r"^optim\.rank is not an option .* rules \(adamw\)",
+    ),
     ({"betas": [0.9, 1.0]}, r"betas.*\[0, 1\)"),
     ({"betas": [0.9]}, "two numbers"),
     ({"momentum": 1.0}, r"momentum=1\.0"),
@@ -75,10 +93,9 @@ BAD = [
     ({"lr": "fast"}, r"optim\.lr='fast'"),
     ({"eps": -1e-8}, "eps"),
     ({"eps": 0}, "eps=0 must be more than 0"),
-    ({"block_size": 2**63}, "from 16 to 16,777,216"),
-    ({"groups": {"all": None}}, "groups.all=None is no group"),
-    ({"groups": {"all": 5}}, "groups.all=5 is no group"),
-    ({"groups": {"all": {"rule": "adamw", "tied": "maybe"}}}, "all.tied='maybe' must be true, false or null"),
+    ({"groups": {"all": None}}, "groups.all=None is not a group"),
+    ({"groups": {"all": 5}}, "groups.all=5 is not a group"),
+    ({"groups": {"all": {"rule": "adamw", "tied": "maybe"}}}, "all.tied='maybe' must be true or false"),
     ({"groups": {"all": {"rule": "adamw", "optional": 1}}}, "all.optional=1 must be"),
     ({"groups": {"all": {"rule": "adamw", "ndim": "2"}}}, "all.ndim='2' must be a whole number"),
     ({"ns_steps": 0}, "ns_steps=0"),
@@ -98,8 +115,29 @@ def test_bad_configurations_are_named(changes, message):
         with pytest.raises(UserError, match=message):
             build(Net().named_parameters(), **changes)
         return
-    base = config("muon8bit" if "block_size" in changes else "muon")
+    base = config("muon")
     if "groups" in changes:
         base = {"lr": 1.0}
     with pytest.raises(UserError, match=message):
         build([(f"gpt.{n}", p) for n, p in Net().named_parameters()], **{**base, **changes})
+
+
+def test_all_unknown_keys_are_named_at_once():
+    with pytest.raises(ConfigError) as found:
+        make("muon", Net(), momentun=0.9, rank=3, haed_lr=1.0)
+    assert sorted(problem.split()[0] for problem in found.value.problems) == [
+        "optim.haed_lr",
+        "optim.momentun",
+        "optim.rank",
+    ]
+
+
+def test_a_null_is_not_given():
+    """In a group it leaves the shared value, at the top the rule's default."""
+    groups = {"head": {"match": "*head*", "rule": "adamw", "betas": None}, "rest": {"rule": "adamw", "eps": None}}
+    built = build(Net().named_parameters(), lr=1, groups=groups, betas=(0.1, 0.2), eps=None).param_groups
+    assert [(group["betas"], group["eps"]) for group in built] == [((0.1, 0.2), 1e-8)] * 2
+
+
+def test_every_rule_is_shipped_as_an_optimizer():
+    assert {config(name)["groups"]["matrices"]["rule"] for name in NAMES} == set(RULES) == set(NAMES)

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.optim import muon
-from nanochat.optim.muon import newton_schulz
+from nanochat.errors import UserError
+from nanochat.optim import build
+from nanochat.optim.newton_schulz import POLAR_EXPRESS, newton_schulz
+from nanochat.optim.rules import muon
 from tests.optim.helpers import only, single
 
-PE = np.array(muon.POLAR_EXPRESS)
+PE = np.array(POLAR_EXPRESS)
 
 
 def polynomial_of_singular_values(x, steps, kind):
@@ -59,6 +61,7 @@ DEFAULT = {
     "ema": True,
     "ns_steps": 5,
     "newton_schulz": "classic",
+    "ns_dtype": "float32",
     "adjust": "match_rms",
     "row_equilibration": False,
     "normuon_beta": 0.0,
@@ -102,7 +105,8 @@ def test_is_its_definition(shape, changes):
     [(5, "classic", 0.6, 1.2), (3, "classic", 0.4, 1.2), (5, "polar_express", 0.8, 1.2)],
 )
 @pytest.mark.parametrize("smallest", [1.0, 0.02])
-def test_singular_values_of_the_update(steps, kind, low, high, smallest):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_singular_values_of_the_update(steps, kind, low, high, smallest, dtype):
     """For singular values between .02 and 1 of the largest one, in a matrix of unit Frobenius norm after division.
 
     The polynomials need input singular values of at least about .01, hence the small number of large ones.
@@ -111,22 +115,44 @@ def test_singular_values_of_the_update(steps, kind, low, high, smallest):
     u, v = torch.linalg.qr(torch.randn(32, 16))[0], torch.linalg.qr(torch.randn(64, 16))[0]
     values = torch.logspace(0, np.log10(smallest), 16)
     x = (u * (values / values.norm())) @ v.T
-    found = torch.linalg.svdvals(newton_schulz(x / 1.02, steps, kind))[:16]
+    found = torch.linalg.svdvals(newton_schulz((x / 1.02).to(dtype), steps, kind).double())[:16]
     assert low <= found.min()
     assert found.max() <= high
 
 
+def one_update(gradient, group):
+    """The orthogonal update of a first step."""
+    return muon.muon_updates([gradient], [{"momentum": torch.zeros_like(gradient)}], group)[0]
+
+
 @pytest.mark.parametrize("shape", [(256, 256), (256, 512), (512, 256)])
-def test_singular_values_of_a_default_step(shape):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_singular_values_of_a_default_step(shape, dtype):
     """Gaussian gradients: 5 classic steps keep the bulk within .6-1.2 (a square's few smallest values start below .01
     and cannot be lifted); row equilibration and 3 steps, the recipe, keep the mean near 1."""
     torch.manual_seed(0)
-    group = {**DEFAULT, "momentum_now": 0.9}
-    values = torch.linalg.svdvals(muon.orthogonalized(torch.randn(shape), group, None))
-    inside = ((values > 0.6) & (values < 1.2)).float().mean()
+    group = {**DEFAULT, "ns_dtype": dtype}
+    values = torch.linalg.svdvals(one_update(torch.randn(shape), group).double())
+    inside = ((values > 0.6) & (values < 1.2)).double().mean()
     assert inside >= (0.9 if shape[0] == shape[1] else 1.0)
-    values = torch.linalg.svdvals(muon.orthogonalized(torch.randn(shape), {**group, **RECIPE, "ns_steps": 3}, None))
+    recipe = {**group, **RECIPE, "normuon_beta": 0.0}
+    values = torch.linalg.svdvals(one_update(torch.randn(shape), recipe).double())
     assert 0.9 < values.square().mean() < 1.1
+
+
+@pytest.mark.parametrize("kind", ["classic", "polar_express"])
+def test_bfloat16_keeps_the_singular_vectors(kind):
+    """Against the polynomials on singular values in float64: the error is of bfloat16's rounding, 2^-8 a product."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 96)
+    x /= 1.02 * x.norm()
+    exact = torch.from_numpy(polynomial_of_singular_values(x.double().numpy(), 5, kind))
+    errors = {
+        dtype: (newton_schulz(x.to(dtype, copy=True), 5, kind).double() - exact).norm() / exact.norm()
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert errors[torch.float32] < 1e-4
+    assert 1e-4 < errors[torch.bfloat16] < 0.05
 
 
 @pytest.mark.parametrize("options", [{}, RECIPE], ids=["plain", "recipe"])
@@ -136,8 +162,6 @@ def test_stacked_is_one_by_one(monkeypatch, shape, options):
         if stacked:
             monkeypatch.setattr(muon, "buckets", lambda parameters: [list(range(len(parameters)))])
         torch.manual_seed(5)
-        from nanochat.optim import build
-
         weights = [(f"w{i}", torch.nn.Parameter(torch.randn(shape))) for i in range(3)]
         optimizer = build(weights, lr=0.02, groups={"all": {"rule": "muon", **options}})
         for _ in range(4):
@@ -161,6 +185,64 @@ def test_zero_gradients_move_nothing(options):
     only(optimizer).grad = torch.zeros(16, 32)
     optimizer.step()
     assert torch.equal(only(optimizer), start)
+
+
+def test_stacks_are_bounded(monkeypatch):
+    """Matrices of a shape go together on a device that is not a CPU, up to `STACKED` elements at a time."""
+    monkeypatch.setattr(muon, "STACKED", 40)
+    matrices = [torch.empty(shape, device="meta") for shape in [(4, 4), (4, 5), (4, 4), (4, 4), (8, 8), (4, 5)]]
+    assert sorted(muon.buckets(matrices)) == [[0, 2], [1, 5], [3], [4]]
+    assert muon.buckets([torch.empty(4, 4)] * 2) == [[0], [1]]
+
+
+def own_dtype(monkeypatch, dtype, **options):
+    """A Muon optimizer on a machine whose fast products are of `dtype`."""
+    monkeypatch.setattr(muon, "matmul_dtype", lambda device: dtype)
+    return single(torch.ones(16, 32), "muon", 0.1, **options)
+
+
+def test_the_dtype_of_newton_schulz_is_the_device_s_or_what_is_said(monkeypatch):
+    assert own_dtype(monkeypatch, torch.bfloat16).param_groups[0]["ns_dtype"] == "bfloat16"
+    assert own_dtype(monkeypatch, torch.float32).param_groups[0]["ns_dtype"] == "float32"
+    said = own_dtype(monkeypatch, torch.bfloat16, ns_dtype="float32").param_groups[0]
+    assert said["ns_dtype"] == "float32"
+    seen = []
+    known = muon.newton_schulz
+    monkeypatch.setattr(muon, "newton_schulz", lambda x, *rest: seen.append(x.dtype) or known(x, *rest))
+    for dtype in ("float32", "bfloat16"):
+        optimizer = single(torch.ones(16, 32), "muon", 0.1, ns_dtype=dtype)
+        only(optimizer).grad = torch.randn(16, 32)
+        optimizer.step()
+        assert only(optimizer).dtype == torch.float32
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_a_run_that_goes_elsewhere_keeps_its_dtype(monkeypatch, caplog):
+    there = own_dtype(monkeypatch, torch.bfloat16)
+    state = there.state_dict()
+    assert state["groups"][0]["ns_dtype"] == "bfloat16"
+    here = own_dtype(monkeypatch, torch.float32)
+    here.load_state_dict(state)
+    assert here.param_groups[0]["ns_dtype"] == "bfloat16"
+    assert (
+        "ns_dtype stays bfloat16, as in the checkpoint; a new run on this machine would choose float32" in caplog.text
+    )
+    again = own_dtype(monkeypatch, torch.float32)
+    again.load_state_dict(here.state_dict())
+    assert again.param_groups[0]["ns_dtype"] == "bfloat16"
+    with pytest.raises(UserError, match="ns_dtype=bfloat16, this run has ns_dtype=float32; set it to the checkpoint's"):
+        own_dtype(monkeypatch, torch.float32, ns_dtype="float32").load_state_dict(state)
+
+
+def test_states_of_before_there_was_a_dtype_are_of_float32(monkeypatch, caplog):
+    state = own_dtype(monkeypatch, torch.float32).state_dict()
+    del state["groups"][0]["ns_dtype"]
+    own_dtype(monkeypatch, torch.float32).load_state_dict(state)
+    assert not caplog.text
+    fast = own_dtype(monkeypatch, torch.bfloat16)
+    fast.load_state_dict(state)
+    assert fast.param_groups[0]["ns_dtype"] == "float32"
+    assert "stays float32" in caplog.text
 
 
 def test_momentum_warmup_is_a_function_of_the_step():

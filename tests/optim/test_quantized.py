@@ -122,38 +122,6 @@ def test_follows_its_32_bit_rule(rule, plain, stochastic):
     assert (found - exact).norm() < 0.12 * (exact - start).norm()
 
 
-def lion_by_hand(weight, gradients, lr, wd):
-    momentum = torch.zeros_like(weight, dtype=torch.float64)
-    weight = weight.double()
-    for gradient in gradients.double():
-        update = torch.sign(0.9 * momentum + 0.1 * gradient)
-        weight = weight - lr * (update + wd * weight)
-        momentum = 0.99 * momentum + 0.01 * gradient
-    return weight
-
-
-def test_lion_is_its_definition():
-    torch.manual_seed(0)
-    start, gradients = torch.randn(8, 9), torch.randn(10, 8, 9)
-    optimizer = single(start.clone(), "lion", 0.01, weight_decay=0.3)
-    for gradient in gradients:
-        only(optimizer).grad = gradient.clone()
-        optimizer.step()
-    torch.testing.assert_close(only(optimizer).double(), lion_by_hand(start, gradients, 0.01, 0.3), rtol=0, atol=1e-6)
-
-
-def test_lion8bit_is_its_definition_under_a_constant_gradient():
-    """The update is then the gradient's sign, whatever the codes lose."""
-    torch.manual_seed(0)
-    start, gradient = torch.randn(64, 128), torch.randn(64, 128)
-    optimizer = single(start.clone(), "lion8bit", 0.01, weight_decay=0.3)
-    for _ in range(3):
-        only(optimizer).grad = gradient.clone()
-        optimizer.step()
-    expected = lion_by_hand(start, gradient.expand(3, 64, 128), 0.01, 0.3)
-    torch.testing.assert_close(only(optimizer).double(), expected, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("rule", "forgetful", "key"),
     [
@@ -263,6 +231,19 @@ def test_embedding_state_switch():
         assert rules["embedding"] == rules["head"] == "adamw8bit"
     assert make("lion8bit", Net(), embedding_state="fp32").param_groups[0]["rule"] == "lion"
     assert make("muon", Net(), embedding_state="8bit").param_groups[0]["rule"] == "adamw8bit"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("muon8bit", {"block_size": 0}, r"optim\.block_size=0"),
+        ("muon8bit", {"block_size": 2**63}, "from 16 to 16,777,216"),
+        ("adamw8bit", {"kernels": "triton"}, "kernels='triton' is unknown; choose one of auto, tensor, bitsandbytes"),
+    ],
+)
+def test_bad_options(name, changes, message):
+    with pytest.raises(UserError, match=message):
+        make(name, Net(), **changes)
 
 
 def test_ties_to_bitsandbytes():

@@ -12,6 +12,7 @@ from lightning import LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nanochat.console import clock_time
 from nanochat.training.callbacks.base import StepCallback
 
 log = logging.getLogger(__name__)
@@ -110,11 +111,4 @@ class ProgressBar(StepCallback):
 
     def _left(self, trainer: Trainer, step: int) -> str:
         per_step = (time.monotonic() - self._start) / max(1, step - self._first)
-        return duration(per_step * max(0, trainer.max_steps - step))
-
-
-def duration(seconds: float) -> str:
-    """3725 -> "1:02:05"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+        return clock_time(per_step * max(0, trainer.max_steps - step))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nanochat.optim.adamw import adamw_state, adamw_step
-from nanochat.optim.galore import resolved_rank
+from nanochat.optim.options import betas, number, option, positive, whole
 from nanochat.optim.quantized import rounding_generator
-from nanochat.optim.rule import Group, Rule, State, check_matrix
+from nanochat.optim.rule import Group, Rule, State, check_matrix, in_float32
+from nanochat.optim.rules.adamw import adamw_state, adamw_step
+from nanochat.optim.rules.galore import check_rank, resolved_rank
 
 
 def random_projector(rank: int, side: int, epoch: int, index: int, device: torch.device) -> Tensor:
-    """N(0, 1 / rank) of (rank, side), a function of the refreshes so far and the parameter: never stored."""
-    generator = rounding_generator(epoch, index, torch.device("cpu"))
-    return (torch.randn(rank, side, generator=generator) * rank**-0.5).to(device)
+    """N(0, 1 / rank) of (rank, side), a function of the refreshes so far and the parameter: never stored.
+
+    Drawn on the device itself: a copy from the host would be a host sync for each matrix.
+    """
+    generator = rounding_generator(epoch, index, device)
+    return torch.randn(rank, side, generator=generator, device=device) * rank**-0.5
 
 
 class Apollo(Rule):
@@ -25,14 +29,17 @@ class Apollo(Rule):
     """
 
     name = "apollo"
-    options: ClassVar[dict[str, Any]] = {
-        "betas": (0.9, 0.999),
-        "eps": 1e-8,
-        "rank": 1,
-        "update_period": 200,
-        "scale": 128**0.5,
-        "norm_growth_limit": 1.01,
-    }
+
+    @dataclass(frozen=True)
+    class Options:
+        """Those of AdamW, of the projection, the factor on the update and the limiter."""
+
+        betas: tuple[float, float] = betas(0.9, 0.999)
+        eps: float = positive(1e-8)
+        rank: int | float | str = option(1, check_rank, saved=True)
+        update_period: int = whole(200, 1)
+        scale: float = number(128**0.5)
+        norm_growth_limit: float = number(1.01, 1.0)
 
     def check(self, group: Group, name: str, parameter: Tensor) -> None:
         check_matrix(group, name, parameter)
@@ -66,8 +73,6 @@ class Apollo(Rule):
             shrink = torch.where(norm > limit, limit / norm.clamp_min(1e-30), 1.0)
             state["norm"].copy_(norm * shrink)
             state["steps"] += 1
-            wide = parameter.float()
-            wide.mul_(1.0 - group["lr"] * group["weight_decay"])
-            wide.sub_(update.mul_(shrink * (group["lr"] * group["scale"])))
-            if wide is not parameter:
-                parameter.copy_(wide)
+            with in_float32(parameter) as p:
+                p.mul_(1.0 - group["lr"] * group["weight_decay"])
+                p.sub_(update.mul_(shrink * (group["lr"] * group["scale"])))

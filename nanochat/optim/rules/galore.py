@@ -1,31 +1,26 @@
 """GaLore 2: optimizer states in the rank-r space of each matrix' gradient (arXiv:2403.03507, arXiv:2504.20437).
 
-G (r x c) is projected on its shorter side, rows say: R = P^T G with P (rows x rank) orthonormal. The rule inside moves
-by R; the weights by P times its direction. P is refreshed by a randomised SVD every `update_period` steps, each matrix
-at another step, and the states follow into the new space.
+G (r x c) is projected on its shorter side, rows say: R = P^T G with P (rows x rank) orthonormal. The rule inside turns
+R into a direction; the weights are updated by P times it. P is refreshed by a randomised SVD every `update_period`
+steps, each matrix at another step, and the states follow into the new space. A refresh waits for the GPU (`eigh`), the
+steps between do not.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanochat.errors import UserError
-from nanochat.optim.adam8bit import OPTIONS_8BIT, adam8bit_state, adam8bit_step
-from nanochat.optim.adamw import adamw_state, adamw_step
-from nanochat.optim.muon import (
-    MUON_OPTIONS,
-    check_muon,
-    momentum8bit_state,
-    momentum8bit_update,
-    orthogonalized,
-    update_scale,
-    variance_state,
-)
-from nanochat.optim.quantized import SMALL, dequantize, rounding_generator, store
-from nanochat.optim.rule import Group, Rule, State, check_matrix
+from nanochat.optim.options import betas, number, option, positive, whole
+from nanochat.optim.quantized import SMALL, Options8bit, dequantize, rounding_generator, store
+from nanochat.optim.rule import Group, Rule, State, check_matrix, in_float32
+from nanochat.optim.rules.adamw import adamw_state, adamw_step
+from nanochat.optim.rules.adamw8bit import adam8bit_state, adam8bit_step
+from nanochat.optim.rules.muon import Muon, MuonOptions, muon8bit_state, muon_updates, update_scale
 
 
 def randomized_projector(
@@ -64,19 +59,37 @@ def resolved_rank(rank: int | float | str, parameter: Tensor, name: str = "a mat
     return found
 
 
+def check_rank(value: Any, what: str) -> int | float | str:
+    """A rank as a config gives it; raises `UserError` naming `what`."""
+    if value == "full" or (isinstance(value, float) and 0.0 < value < 1.0):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise UserError(f"{what} must be a whole number of at least 1, a fraction of the shorter side, or full.")
+
+
+@dataclass(frozen=True)
+class ProjectionOptions:
+    """How gradients are projected, and the factor on the update."""
+
+    rank: int | float | str = option(0.25, check_rank, saved=True)
+    update_period: int = whole(200, 1)
+    scale: float = number(0.25)
+    power_iterations: int = whole(2)
+    oversampling: int = whole(8)
+
+
 class GaLore(Rule):
     """GaLore with AdamW inside. `rank=full` projects nothing: AdamW with its direction times `scale`."""
 
     name = "galore"
-    options: ClassVar[dict[str, Any]] = {
-        "betas": (0.9, 0.999),
-        "eps": 1e-8,
-        "rank": 0.25,
-        "update_period": 200,
-        "scale": 0.25,
-        "power_iterations": 2,
-        "oversampling": 8,
-    }
+
+    @dataclass(frozen=True)
+    class Options(ProjectionOptions):
+        """Those of the projection and of AdamW."""
+
+        betas: tuple[float, float] = betas(0.9, 0.999)
+        eps: float = positive(1e-8)
 
     def check(self, group: Group, name: str, parameter: Tensor) -> None:
         check_matrix(group, name, parameter)
@@ -95,7 +108,7 @@ class GaLore(Rule):
         return adamw_state(space)
 
     def direction(self, projected: Tensor, state: State, group: Group) -> Tensor:
-        """Move the state by the projected gradient; the direction, as large as AdamW's."""
+        """Update the state by the projected gradient; the direction, as large as AdamW's."""
         delta = torch.zeros_like(projected)
         unit = {**group, "lr": 1.0, "weight_decay": 0.0}
         adamw_step(unit, [delta], [projected], [state])
@@ -116,25 +129,22 @@ class GaLore(Rule):
         return group["scale"]
 
     def step(self, group: Group, parameters: list[Tensor], gradients: list[Tensor], states: list[State]) -> None:
-        matrices = len(group["params"])
         for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
             gradient, tall = gradient.float(), parameter.shape[0] > parameter.shape[1]
             projector = state.get("projector")
             if projector is None:
                 direction = self.direction(gradient, state, group)
             else:
-                offset = state["index"] * group["update_period"] // matrices
+                offset = state["index"] * group["update_period"] // len(group["params"])
                 if state["steps"] == 0 or (state["steps"] + offset) % group["update_period"] == 0:
                     self._refresh(gradient.mT if tall else gradient, state, group, tall)
                 projected = gradient @ projector if tall else projector.mT @ gradient
                 direction = self.direction(projected, state, group)
                 direction = direction @ projector.mT if tall else projector @ direction
             state["steps"] += 1
-            wide = parameter.float()
-            wide.mul_(1.0 - group["lr"] * group["weight_decay"])
-            wide.add_(direction, alpha=-group["lr"] * self.scale_of(parameter, group))
-            if wide is not parameter:
-                parameter.copy_(wide)
+            with in_float32(parameter) as p:
+                p.mul_(1.0 - group["lr"] * group["weight_decay"])
+                p.add_(direction, alpha=-group["lr"] * self.scale_of(parameter, group))
 
     def _refresh(self, gradient: Tensor, state: State, group: Group, tall: bool) -> None:
         old: Tensor = state["projector"]
@@ -154,8 +164,11 @@ class GaLore8bit(GaLore):
     """GaLore with 8-bit AdamW inside; the projector stays float32."""
 
     name = "galore8bit"
-    options: ClassVar[dict[str, Any]] = {**GaLore.options, **OPTIONS_8BIT}
     quantized = True
+
+    @dataclass(frozen=True)
+    class Options(GaLore.Options, Options8bit):
+        """Those of GaLore and of blocks."""
 
     def init_inner(self, space: Tensor, group: Group, index: int) -> State:
         return adamw_state(space) if space.numel() < SMALL else adam8bit_state(space, group, index)
@@ -172,41 +185,41 @@ class GaLore8bit(GaLore):
             super().reproject(turn, state, group, tall)
             return
         for key, code, matrix in (("exp_avg", "square", turn), ("exp_avg_sq", "quartic", turn.square())):
-            codes, absmax = state[key], state[key + "_absmax"]
-            value = dequantize(codes, absmax, group["block_size"], code)
-            store(_turned(value, matrix, tall).contiguous(), codes, absmax, group["block_size"], code)
+            _turn_codes(state, key, matrix, group, tall, code)
+
+
+def _turn_codes(state: State, key: str, turn: Tensor, group: Group, tall: bool, code: str) -> None:
+    codes, absmax = state[key], state[key + "_absmax"]
+    value = dequantize(codes, absmax, group["block_size"], code)
+    store(_turned(value, turn, tall).contiguous(), codes, absmax, group["block_size"], code)
 
 
 class GaLoreMuon8bit(GaLore):
     """Muon in GaLore's space with 8-bit momentum: one state instead of two, and a cheaper orthogonalisation."""
 
     name = "galore-muon8bit"
-    options: ClassVar[dict[str, Any]] = {
-        **{k: v for k, v in GaLore.options.items() if k not in ("betas", "eps")},
-        "scale": 1.0,
-        **MUON_OPTIONS,
-        **OPTIONS_8BIT,
-    }
     quantized = True
 
-    def check(self, group: Group, name: str, parameter: Tensor) -> None:
-        super().check(group, name, parameter)
-        check_muon(group, name, parameter)
+    @dataclass(frozen=True)
+    class Options(ProjectionOptions, MuonOptions, Options8bit):
+        """Those of the projection, of Muon and of blocks."""
+
+        scale: float = number(1.0)
+
+    auto = Muon.auto
+    set_progress = Muon.set_progress
 
     def init_inner(self, space: Tensor, group: Group, index: int) -> State:
-        variance = variance_state(space.shape, group, space.device, torch.bfloat16)
-        return {**momentum8bit_state(space, group, index), **variance}
+        return muon8bit_state(space, group, index)
 
     def direction(self, projected: Tensor, state: State, group: Group) -> Tensor:
-        return orthogonalized(momentum8bit_update(state, projected, group), group, state.get("variance"))
+        return muon_updates([projected], [state], group)[0]
 
     def scale_of(self, parameter: Tensor, group: Group) -> float:
         return group["scale"] * update_scale(parameter, group)
 
     def reproject(self, turn: Tensor, state: State, group: Group, tall: bool) -> None:
-        codes, absmax = state["momentum"], state.get("momentum_absmax")
-        if absmax is None:
-            codes.copy_(_turned(codes, turn, tall))
-            return
-        value = _turned(dequantize(codes, absmax, group["block_size"]), turn, tall).contiguous()
-        store(value, codes, absmax, group["block_size"])
+        if "momentum_absmax" in state:
+            _turn_codes(state, "momentum", turn, group, tall, "linear")
+        else:
+            state["momentum"].copy_(_turned(state["momentum"], turn, tall))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nanochat.optim.adam8bit import OPTIONS_8BIT, choose_kernels, kernel_state, kernel_step, moved_in_float32
-from nanochat.optim.quantized import BLOCK, SMALL, absmax_like, codes_like, decode, encode, rounding_generator, spans
-from nanochat.optim.rule import Group, Rule, State
+from nanochat.optim.kernels import KernelRule, kernel_state, kernel_step
+from nanochat.optim.options import betas
+from nanochat.optim.quantized import BLOCK, SMALL, absmax_like, codes_like, decode, encode, rounding_of, spans
+from nanochat.optim.rule import Group, Rule, State, in_float32, zeros_like
 
 
 def lion_step(parameter: Tensor, gradient: Tensor, momentum: Tensor, group: Group) -> None:
@@ -25,34 +26,36 @@ class Lion(Rule):
     """Lion with 32-bit momentum."""
 
     name = "lion"
-    options: ClassVar = {"betas": (0.9, 0.99)}
+
+    @dataclass(frozen=True)
+    class Options:
+        """Weights of the momentum in the update and in the next momentum."""
+
+        betas: tuple[float, float] = betas(0.9, 0.99)
 
     def init(self, parameter: Tensor, group: Group, index: int) -> State:
-        return {"momentum": torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)}
+        return {"momentum": zeros_like(parameter)}
 
     def step(self, group: Group, parameters: list[Tensor], gradients: list[Tensor], states: list[State]) -> None:
         for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
-            wide = moved_in_float32(parameter)
-            flat, slope, momentum = wide.view(-1), gradient.reshape(-1), state["momentum"].view(-1)
-            for elements, _ in spans(flat, BLOCK):
-                lion_step(flat[elements], slope[elements].float(), momentum[elements], group)
-            if wide is not parameter:
-                parameter.copy_(wide)
+            with in_float32(parameter) as wide:
+                flat, flat_grad, momentum = wide.view(-1), gradient.reshape(-1), state["momentum"].view(-1)
+                for elements, _ in spans(flat, BLOCK):
+                    lion_step(flat[elements], flat_grad[elements].float(), momentum[elements], group)
 
 
-class Lion8bit(Rule):
+class Lion8bit(KernelRule):
     """Lion with 8-bit momentum; parameters under 4,096 elements keep a 32-bit one."""
 
     name = "lion8bit"
-    options: ClassVar = {"betas": (0.9, 0.99), "kernels": "auto", **OPTIONS_8BIT}
-    quantized = True
 
-    def check(self, group: Group, name: str, parameter: Tensor) -> None:
-        choose_kernels(group, parameter)
+    @dataclass(frozen=True)
+    class Options(KernelRule.Options, Lion.Options):
+        """Those of Lion, of blocks and of kernels."""
 
     def init(self, parameter: Tensor, group: Group, index: int) -> State:
         if parameter.numel() < SMALL:
-            return Lion().init(parameter, group, index)
+            return {"momentum": zeros_like(parameter)}
         if group["kernels"] == "bitsandbytes":
             return kernel_state(parameter, 1)
         absmax = absmax_like(parameter, group["block_size"])
@@ -63,23 +66,19 @@ class Lion8bit(Rule):
             if group["kernels"] == "bitsandbytes" and parameter.numel() >= SMALL:
                 kernel_step("lion", parameter, gradient, state, group)
                 continue
-            wide = moved_in_float32(parameter)
-            if parameter.numel() < SMALL:
-                lion_step(wide, gradient.float(), state["momentum"], group)
-            else:
-                self._step(wide.view(-1), gradient.reshape(-1), state, group)
-            if wide is not parameter:
-                parameter.copy_(wide)
+            with in_float32(parameter) as wide:
+                if parameter.numel() < SMALL:
+                    lion_step(wide, gradient.float(), state["momentum"], group)
+                else:
+                    self._step_in_8bit(wide.view(-1), gradient.reshape(-1), state, group)
 
     @staticmethod
-    def _step(parameter: Tensor, gradient: Tensor, state: State, group: Group) -> None:
+    def _step_in_8bit(parameter: Tensor, gradient: Tensor, state: State, group: Group) -> None:
         state["step"] += 1
-        generator = None
-        if group["stochastic_rounding"]:
-            generator = rounding_generator(state["step"], state["index"], parameter.device)
+        generator = rounding_of(state, group, parameter.device)
         codes = state["momentum"].view(-1)
         for elements, blocks in spans(parameter, group["block_size"]):
-            slope, absmax = gradient[elements].float(), state["momentum_absmax"][blocks]
-            momentum = decode(codes[elements], absmax, "square", torch.empty_like(slope))
-            lion_step(parameter[elements], slope, momentum, group)
+            grad, absmax = gradient[elements].float(), state["momentum_absmax"][blocks]
+            momentum = decode(codes[elements], absmax, "square", torch.empty_like(grad))
+            lion_step(parameter[elements], grad, momentum, group)
             encode(momentum, codes[elements], absmax, "square", generator)

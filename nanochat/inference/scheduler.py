@@ -1,0 +1,284 @@
+"""Continuous batching: requests join and leave between the steps of one network.
+
+A step reads the next pieces of new prompts and writes one token for every request that is under way. A request's
+result depends on itself alone: its generator is its own, and so is its row of every matrix product and its attention.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nanochat.errors import UserError
+from nanochat.inference.sampling import Sampling, adjust, draw, probabilities
+from nanochat.inference.slots import Backend
+
+PIECE = 256
+"""tokens of a prompt that are read in one pass, so that others do not wait for the whole"""
+LEAST_REUSE = 32
+"""shortest common beginning of two prompts that is not read again"""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token and how likely the model (before temperature, penalties and biases) thought it."""
+
+    id: int
+    logprob: float | None = None
+    """natural logarithm; None where it was not asked for"""
+    top: tuple[tuple[int, float], ...] = ()
+    """the most likely tokens at this place"""
+
+
+def _keep_going(_: Token) -> bool:
+    return False
+
+
+def _ignore(*_: object) -> None:
+    return None
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt to continue. The functions are called from the thread that steps the scheduler."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    """tokens that end the answer; they are not delivered"""
+    logprobs: int | None = None
+    """most likely tokens to report at each place; 0 reports the drawn token's likelihood alone"""
+    score_prompt: bool = False
+    """report the prompt's tokens, too, each with its likelihood"""
+    slide: bool = False
+    """when the context is full go on from its last half, instead of ending"""
+    on_token: Callable[[Token], bool] = _keep_going
+    """gets each token; True ends the answer with the reason `stop`"""
+    on_prompt: Callable[[list[Token]], None] = _ignore
+    """gets the scored prompt"""
+    on_end: Callable[[str, str | None], None] = _ignore
+    """gets the reason (stop, length, cancelled, error) and a message with `error`"""
+    cancelled: bool = False
+    submitted: float = 0.0
+    started: float = 0.0
+    reused: int = 0
+    """tokens of the prompt that did not have to be read"""
+
+
+class _Running:
+    """A request in a slot."""
+
+    def __init__(self, request: Request, slot: int, reuse: int, context: int) -> None:
+        self.request, self.slot = request, slot
+        self.tokens = list(request.prompt[-context:] if request.slide else request.prompt)
+        self.fed = reuse  # tokens that the slot holds
+        self.reading = True  # the prompt, or what stays after sliding
+        self.written = 0
+        self.generator = torch.Generator().manual_seed(request.seed % 2**63)
+        self.counts: Counter[int] = Counter()
+        self.prompt_tokens: list[Token] = []
+        self.last: Tensor | None = None  # logits (V,) after the last token that was read for scoring
+
+
+class Scheduler:
+    """Serves requests with one backend, step by step; the backend's slots bound the requests under way."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.waiting: deque[Request] = deque()
+        self.running: list[_Running] = []
+        self.held: list[list[int]] = [[] for _ in range(backend.slots)]
+        """tokens whose keys and values each free slot still holds"""
+        self.used = [0] * backend.slots
+        self.steps = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.waiting or self.running)
+
+    def check(self, request: Request) -> None:
+        """Raises `UserError` for a prompt of no tokens, one that leaves no room in the context, or unknown tokens."""
+        limit = self.backend.context
+        if not request.prompt:
+            raise UserError("a prompt of no tokens cannot be continued: the tokenizer has no document separator.")
+        if len(request.prompt) > limit and not request.slide:
+            raise UserError(f"the prompt has {len(request.prompt)} tokens, and the context is {limit}.")
+        if min(request.prompt) < 0 or max(request.prompt) >= self.backend.vocab_size:
+            raise UserError(f"token ids must be from 0 to {self.backend.vocab_size - 1}.")
+
+    def submit(self, request: Request) -> None:
+        """Put a request into the queue, from any thread; raises what `check` raises."""
+        self.check(request)
+        request.submitted = time.monotonic()
+        self.waiting.append(request)
+
+    def step(self) -> None:
+        """Admit, read, write one token each, deliver; an error of the backend ends the requests under way."""
+        self.steps += 1
+        for item in [item for item in self.running if item.request.cancelled]:
+            self._end(item, "cancelled")
+        self._admit()
+        try:
+            rows = self._read()
+            rows += self._decode([item for item in self.running if not item.reading])
+        except Exception as error:
+            for item in list(self.running):
+                item.fed = 0  # what its slot holds is not known
+                self._end(item, "error", str(error))
+            if not isinstance(error, UserError | RuntimeError | MemoryError):
+                raise
+            return
+        self._write(rows)
+
+    def _admit(self) -> None:
+        taken = {item.slot for item in self.running}
+        while self.waiting and len(taken) < self.backend.slots:
+            request = self.waiting.popleft()
+            if request.cancelled:
+                request.on_end("cancelled", None)
+                continue
+            free = [slot for slot in range(self.backend.slots) if slot not in taken]
+            shared = {slot: 0 if request.score_prompt else _common(self.held[slot], request.prompt) for slot in free}
+            slot = max(free, key=lambda slot: (shared[slot], -self.used[slot]))
+            # the last token is read in any case, for its logits
+            reuse = min(shared[slot], len(request.prompt) - 1)
+            if reuse < LEAST_REUSE or len(request.prompt) > self.backend.context:
+                reuse = 0
+            self.backend.truncate(slot, reuse)
+            request.started, request.reused = time.monotonic(), reuse
+            taken.add(slot)
+            self.running.append(_Running(request, slot, reuse, self.backend.context))
+            self.used[slot] = self.steps
+
+    def _read(self) -> list[tuple[_Running, Tensor]]:
+        """The next pieces of prompts; returns those that are read whole, with the logits (V,) after them."""
+        rows: list[tuple[_Running, Tensor]] = []
+        read = 0
+        for item in self.running:
+            if not item.reading or read >= PIECE:
+                continue
+            piece = item.tokens[item.fed : item.fed + PIECE]
+            score = item.request.score_prompt and item.written == 0
+            logits = self.backend.prefill(item.slot, item.fed, piece, score)
+            if score:
+                self._score(item, piece, logits)
+            item.fed += len(piece)
+            read += len(piece)
+            if item.fed == len(item.tokens):
+                item.reading = False
+                if score:
+                    item.request.on_prompt(item.prompt_tokens)
+                rows.append((item, logits[-1]))
+        return rows
+
+    def _score(self, item: _Running, piece: Sequence[int], logits: Tensor) -> None:
+        """Likelihoods of a piece of the prompt; logits: (T, V) after each of its tokens."""
+        if item.last is None:
+            item.prompt_tokens.append(Token(piece[0]))
+        else:
+            item.prompt_tokens.append(describe(item.last, piece[0], item.request.logprobs or 0))
+        for row, token in zip(logits[:-1], piece[1:], strict=True):
+            item.prompt_tokens.append(describe(row, token, item.request.logprobs or 0))
+        item.last = logits[-1]
+
+    def _decode(self, items: list[_Running]) -> list[tuple[_Running, Tensor]]:
+        # those whose prompt was read whole in this step have logits already
+        items = [item for item in items if item.fed < len(item.tokens)]
+        for item in [item for item in items if item.fed >= self.backend.context]:
+            items.remove(item)
+            if item.request.slide:
+                item.tokens = item.tokens[-max(1, self.backend.context // 2) :]
+                item.fed, item.reading = 0, True
+                self.backend.truncate(item.slot, 0)
+            else:
+                self._end(item, "length")
+        if not items:
+            return []
+        logits = self.backend.decode(
+            [item.slot for item in items], [item.fed for item in items], [item.tokens[-1] for item in items]
+        )
+        for item in items:
+            item.fed += 1
+        return list(zip(items, logits, strict=True))
+
+    def _write(self, rows: list[tuple[_Running, Tensor]]) -> None:
+        """Draw a token for each row (V,) and deliver it."""
+        ready = []
+        for item, logits in rows:
+            if item.request.max_tokens <= 0:
+                self._end(item, "length")
+            elif not bool(torch.isfinite(logits).all()):
+                self._end(
+                    item, "error", "the model's logits are not finite: this checkpoint is of a run that diverged."
+                )
+            else:
+                ready.append((item, logits))
+        for (item, logits), token in zip(ready, draw_rows(ready), strict=True):
+            request = item.request
+            if token in request.stop_ids:
+                self._end(item, "stop")
+                continue
+            item.tokens.append(token)
+            item.counts[token] += 1
+            item.written += 1
+            found = Token(token) if request.logprobs is None else describe(logits, token, request.logprobs)
+            if request.on_token(found):
+                self._end(item, "stop")
+            elif item.written >= request.max_tokens:
+                self._end(item, "length")
+
+    def _end(self, item: _Running, reason: str, message: str | None = None) -> None:
+        self.running.remove(item)
+        self.held[item.slot] = item.tokens[: item.fed]
+        item.request.on_end(reason, message)
+
+    def run(self) -> None:
+        """Step until nothing is left to do."""
+        while self.busy:
+            self.step()
+
+
+def draw_rows(rows: Sequence[tuple[_Running, Tensor]]) -> list[int]:
+    """A token for each row's logits (V,), by its request's sampling; rows that sample alike are drawn together."""
+    groups: dict[tuple, list[int]] = {}
+    logits: list[Tensor] = []
+    for index, (item, row) in enumerate(rows):
+        sampling = item.request.sampling
+        if sampling.adjusts:
+            row = adjust(row, sampling, list({*item.request.prompt, *item.counts}), item.counts)
+        logits.append(row)
+        groups.setdefault(sampling.shape, []).append(index)
+    tokens = [0] * len(rows)
+    for (temperature, top_k, top_p, min_p), members in groups.items():
+        together = torch.stack([logits[index] for index in members])  # (B, V)
+        if temperature == 0:
+            drawn = together.argmax(-1)
+        else:
+            distribution = probabilities(together, Sampling(temperature, top_k, top_p, min_p))
+            drawn = draw(distribution, [rows[index][0].generator for index in members])
+        for index, token in zip(members, drawn.tolist(), strict=True):
+            tokens[index] = token
+    return tokens
+
+
+def describe(logits: Tensor, token: int, top: int) -> Token:
+    """A token with its log-likelihood under logits (V,), and those of the `top` most likely ones."""
+    logprobs = logits.double().log_softmax(-1)
+    values, order = logprobs.topk(min(top, logprobs.shape[-1]))
+    return Token(token, float(logprobs[token]), tuple(zip(order.tolist(), values.tolist(), strict=True)))
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens with which both begin."""
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))

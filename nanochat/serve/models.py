@@ -1,0 +1,171 @@
+"""From a run or a file to a model that answers: which backend, which tokens, which template."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanochat.checkpoint import Run, load_run
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.errors import UserError
+from nanochat.export import llama_cpp
+from nanochat.export.gguf import architecture, check_type, export_gguf
+from nanochat.export.gguf_reader import GGUFFile
+from nanochat.export.gguf_tensors import OWN
+from nanochat.inference.engine import inference_copy
+from nanochat.inference.slots import Backend, TorchBackend
+from nanochat.serve.codec import Codec, LlamaCodec, RunCodec
+from nanochat.serve.llama import LlamaBackend
+from nanochat.serve.template import ChatTemplate, template_of
+
+BACKENDS = ("auto", "torch", "llama.cpp")
+
+
+@dataclass
+class Model:
+    """A model that can be served."""
+
+    name: str
+    backend: Backend
+    codec: Codec
+    template: ChatTemplate
+    source: str
+    """what it was loaded from"""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it came with a chat template; a base model only continues text."""
+        return self.template.own
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are loaded. `context`: tokens of each slot, None for the model's own."""
+
+    backend: str = "auto"
+    slots: int = 4
+    context: int | None = None
+    device: torch.device | str = "cpu"
+    checkpoint: str = "last"
+
+
+def load_model(path: str | Path, settings: Settings | None = None, name: str | None = None) -> Model:
+    """Read a run folder, a `.ckpt` or a `.gguf` file.
+
+    Raises `UserError` for what is not there or cannot be run, naming the option that would help.
+    """
+    settings, path = settings or Settings(), Path(path)
+    if settings.backend not in BACKENDS:
+        raise UserError(f"--backend {settings.backend} is unknown; choose one of {', '.join(BACKENDS)}.")
+    if path.suffix == ".gguf":
+        return _load_file(path, settings, name or path.stem)
+    run = load_run(path, settings.checkpoint, settings.device)
+    name = name or run.folder.resolve().name
+    codec = RunCodec(run.tokenizer)
+    if codec.vocab_size > run.config.vocab_size:
+        raise UserError(
+            f"{run.folder}/tokenizer.json has {codec.vocab_size} tokens, more than the model's "
+            f"{run.config.vocab_size}: they do not belong together."
+        )
+    return Model(name, _backend_of(run, settings), codec, template_of(run.folder), str(path))
+
+
+def _backend_of(run: Run, settings: Settings) -> Backend:
+    context = _context(settings, run.config.seq_len)
+    limit = run.tokenizer.vocab_size
+    if settings.backend != "torch":
+        try:
+            llama_cpp.load()
+            path = cached_gguf(run)
+            return LlamaBackend(path, settings.slots, context, torch.get_num_threads(), limit)
+        except UserError:
+            if settings.backend == "llama.cpp":
+                raise
+    return TorchBackend(inference_copy(run.gpt), settings.slots, context, limit)
+
+
+def _context(settings: Settings, longest: int) -> int:
+    if settings.context is not None and settings.context > longest:
+        raise UserError(f"--context {settings.context} is more than the {longest} tokens that the model was made for.")
+    return settings.context or longest
+
+
+def cached_gguf(run: Run) -> Path:
+    """The run's network as a GGUF file, written on first use and again when the checkpoint has changed.
+
+    It lies in the run folder under `serve/`. Raises `UserError` when llama.cpp cannot run the network, or the folder
+    cannot be written.
+    """
+    config = run.config
+    architecture(config)
+    kind = "f16"
+    if config.ternary:
+        try:
+            check_type(config, "tq2_0", "q8_0")
+            kind = "tq2_0"
+        except UserError:
+            kind = "f32"
+    state = run.checkpoint.stat()
+    tokenizer = (run.folder / "tokenizer.json").read_bytes()
+    template = template_of(run.folder)
+    facts = f"{state.st_mtime_ns} {state.st_size} {template.source} {hashlib.sha256(tokenizer).hexdigest()}"
+    stem = run.checkpoint.stem.replace("=", "-")
+    folder = run.folder / "serve"
+    path = folder / f"{stem}-{kind}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.gguf"
+    if path.is_file():
+        return path
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
+    export_gguf(run, path, kind, mtp=False, force=True)
+    for old in folder.glob(f"{stem}-*.gguf"):
+        if old != path:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def _load_file(path: Path, settings: Settings, name: str) -> Model:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}.")
+    with GGUFFile(path) as file:
+        own = file.get("general.architecture", str) == OWN
+        source = file.metadata.get("tokenizer.chat_template")
+    if settings.backend == "torch" or own:
+        if settings.backend == "llama.cpp":
+            raise UserError(
+                f"stock llama.cpp cannot run {path}: it was exported with --to nanochat; use --backend torch."
+            )
+        return _own_file(path, settings, name, source)
+    backend = LlamaBackend(path, settings.slots, settings.context, torch.get_num_threads())
+    codec = LlamaCodec(backend.model)
+    names = {"bos_token": codec.decode(codec.begin), "eos_token": ""}
+    template = ChatTemplate(source, own=True, names=names) if isinstance(source, str) else ChatTemplate()
+    return Model(name, backend, codec, template, str(path))
+
+
+def _own_file(path: Path, settings: Settings, name: str, source: object) -> Model:
+    """A GGUF file that nanochat wrote, in our own engine."""
+    from nanochat.export.read_back import network, read_export
+
+    exported = read_export(path)
+    if exported.tokenizer is None:
+        raise UserError(f"{path} has no tokenizer, so its tokens cannot be turned into text.")
+    codec = RunCodec(_tokenizer(exported.tokenizer))
+    gpt = network(exported).to(settings.device)
+    context = _context(settings, exported.config.seq_len)
+    template = ChatTemplate(source, own=True) if isinstance(source, str) else ChatTemplate()
+    return Model(name, TorchBackend(gpt, settings.slots, context, codec.vocab_size), codec, template, str(path))
+
+
+def _tokenizer(text: str) -> Tokenizer:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = os.path.join(folder, "tokenizer.json")
+        Path(place).write_text(text, encoding="utf-8")
+        return Tokenizer.load(place)
