@@ -6,7 +6,6 @@ import gc
 import logging
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
         ConfigError, UserError: before anything is built or written, or when the data, the machine or a checkpoint
             cannot be used.
         InUseError: another process trains in the folder.
-        DivergedError: the last validation found no finite loss.
+        DivergedError: the last validation's loss is not finite.
         SystemExit: 130 or 143, when a signal ended the run after it was saved.
     """
     checked = cfg if isinstance(cfg, Checked) else check(cfg)
@@ -85,7 +84,7 @@ def fit(folder: Path, plain: dict[str, Any], data: DataModule, checkpoint: Path 
         loggers = build_loggers(plain)
         while True:
             module = NanoChatModule(plain, rate_scale)
-            trainer = build_trainer(plain, folder, loggers, [header])
+            trainer = build_trainer(plain, folder, loggers, header)
             try:
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
                 break
@@ -111,13 +110,13 @@ def fit(folder: Path, plain: dict[str, Any], data: DataModule, checkpoint: Path 
 
 
 def check_finite(trainer: Trainer) -> None:
-    """Raise `DivergedError` when the last validation found no finite loss."""
+    """Raise `DivergedError` when the last validation's loss is not finite."""
     for name in ("val/bpb", "val/loss"):
         value = float(trainer.callback_metrics.get(name, 0.0))
         if not math.isfinite(value):
             raise DivergedError(
-                f"training has diverged: the last {name} is {value}; lower optim.lr, lengthen schedule.warmup_steps, or "
-                "set trainer.gradient_clip_val."
+                f"training has diverged: {name} is {value} at step {trainer.global_step}; lower optim.lr, lengthen "
+                "schedule.warmup_steps, or set trainer.gradient_clip_val."
             )
 
 
@@ -164,8 +163,8 @@ def write_run_files(folder: Path, plain: dict[str, Any], data: DataModule) -> No
         raise UserError(f"the run folder {folder} cannot be written: {error.strerror}.") from error
 
 
-def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any], further: Sequence[Callback] = ()) -> Trainer:
-    """The Trainer with the configured callbacks, the features that are callbacks, and further ones."""
+def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any], *first: Callback) -> Trainer:
+    """The Trainer with the callbacks that come first, the configured ones, and the features that are callbacks."""
     nodes = [*(plain.get("callbacks") or {}).values(), *feature_nodes(plain, Callback).values()]
     options = dict(plain["trainer"])
     bar, limit = options.pop("enable_progress_bar", True), options.pop("max_time", None)
@@ -176,7 +175,7 @@ def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any], furth
     if not bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     # the time limit comes before what saves, a pending validation after what records it
-    callbacks = [*([TimeLimit(limit)] if limit else []), *callbacks, *further, PendingValidation()]
+    callbacks = [*first, *([TimeLimit(limit)] if limit else []), *callbacks, PendingValidation()]
     return instantiate(
         options,
         callbacks=callbacks,

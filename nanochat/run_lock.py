@@ -1,15 +1,18 @@
 """One process per run folder: a lock that says who holds it.
 
-The lock is a POSIX record lock on `run.lock` in the folder. The system drops it with the process, however that ends, so
-that nothing of a dead process has to be recognised; it also works between machines on network file systems that have
-such locks (NFS with lockd, NFSv4, Lustre with -o flock). Where there are none, a warning says so.
+The lock is the operating system's own on `run.lock` in the folder (a POSIX record lock; on Windows a byte-range lock).
+The system drops it with the process, however that ends, so a killed run is taken over without a guess. It reaches
+other machines on network file systems that pass such locks on (NFSv4, NFSv3 with lockd, Lustre mounted with flock).
+Where a file system has none, a warning says so and the file's text decides: a holder on this machine that has ended is
+taken over, any other is refused with the sentence that says how to remove the file; two processes that start in the
+same millisecond are then not told apart.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
+import errno
 import json
 import logging
 import os
@@ -21,13 +24,21 @@ from typing import Any
 
 from nanochat.errors import InUseError, UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 log = logging.getLogger(__name__)
 
 NAME = "run.lock"
+TRY_LATER = 75  # EX_TEMPFAIL, which Windows' os lacks
 PATIENCE = 0.5  # seconds; a reader holds the lock for a moment, too
+BUSY = {errno.EACCES, errno.EAGAIN}  # errors of a lock that another process holds
+LOCKED_BYTE = 1 << 30  # on Windows a locked byte cannot be read, so it lies beyond the text
 
 _held: dict[str, dict[str, Any]] = {}
-"""folder -> owner, of this process: opening and closing the file here would drop the lock"""
+"""folder -> holder, of this process: opening and closing the file here would drop the lock"""
 
 
 @contextlib.contextmanager
@@ -43,33 +54,35 @@ def hold(folder: Path, try_later: bool = False) -> Iterator[None]:
         UserError: the folder cannot be written.
     """
     made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = _acquire(folder, try_later)
-    except OSError as error:
-        raise UserError(f"the run folder {folder} cannot be written: {error.strerror or error}.") from error
-    path, key = folder / NAME, os.path.realpath(folder)
-    owner = {
+    key = os.path.realpath(folder)
+    here = {
         "process": os.getpid(),
         "host": socket.gethostname(),
         "since": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
     }
-    _held[key] = owner
+    if _held.setdefault(key, here) is not here:
+        raise _in_use(folder, _held[key], try_later)
+    handle = None
     try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(owner).encode(), 0)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = _acquire(folder, here["host"], try_later)
+            os.ftruncate(handle, 0)
+            os.lseek(handle, 0, os.SEEK_SET)
+            os.write(handle, json.dumps(here).encode())
+        except OSError as error:
+            raise UserError(f"the run folder {folder} cannot be written: {error.strerror or error}.") from error
         yield
     finally:
-        with contextlib.suppress(OSError):
-            path.unlink()  # while it is locked: who opened it meanwhile finds that it is not the file of that name
-        os.close(handle)
+        if handle is not None:
+            _release(folder / NAME, handle)
         del _held[key]
         if made:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # nothing was written
 
 
-def owner(folder: Path) -> dict[str, Any] | None:
+def holder(folder: Path) -> dict[str, Any] | None:
     """Who holds a folder: `process`, `host` and `since`, each missing where it cannot be read; None: nobody."""
     held = _held.get(os.path.realpath(folder))
     if held is not None:
@@ -79,62 +92,114 @@ def owner(folder: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     try:
-        fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except (BlockingIOError, PermissionError):
-        return _read(handle)
-    except OSError:  # no locks here
-        return None
+        locked = _lock(handle, shared=True)
+        found = _read(handle)
+        if locked is None:
+            return None if _has_ended(found, socket.gethostname()) else found
+        return None if locked else found
     finally:
         os.close(handle)
 
 
 def check_free(folder: Path, try_later: bool = False) -> None:
     """Raise `InUseError` when a process holds the folder."""
-    found = owner(folder)
+    found = holder(folder)
     if found is not None:
         raise _in_use(folder, found, try_later)
 
 
-def _acquire(folder: Path, try_later: bool) -> int:
-    if os.path.realpath(folder) in _held:
-        check_free(folder, try_later)
+def _acquire(folder: Path, host: str, try_later: bool) -> int:
     path, deadline = folder / NAME, time.monotonic() + PATIENCE
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            found = _read(handle)
+        locked, found = _lock(handle), _read(handle)
+        if locked is False:
             os.close(handle)
             if time.monotonic() > deadline:
-                raise _in_use(folder, found, try_later) from error
+                raise _in_use(folder, found, try_later)
             time.sleep(0.05)
             continue
-        except OSError as error:
+        if locked is None:
+            if not _has_ended(found, host):
+                os.close(handle)
+                raise _in_use(folder, found, try_later)
             log.warning(
-                "%s cannot be locked (%s): nothing keeps a second process from training in it.",
-                folder,
-                error.strerror or error,
+                "The file system of %s has no locks: a second process is noticed by the text of %s alone.", folder, NAME
             )
             return handle
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
+                if found.get("host", host) != host:
+                    log.warning(
+                        "Taking over %s, whose lock says %s: that lock is free. If the file system keeps its locks to "
+                        "each machine (NFS mounted with nolock), make sure that the process has ended.",
+                        folder,
+                        _who(found),
+                    )
                 return handle
         os.close(handle)  # its holder has removed it in between
 
 
+def _lock(handle: int, shared: bool = False) -> bool | None:
+    """Whether the file is now locked by this process; None where there are no locks."""
+    try:
+        if fcntl is not None:
+            fcntl.lockf(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except OSError as error:
+        return False if error.errno in BUSY else None
+    return True
+
+
+def _release(path: Path, handle: int) -> None:
+    if fcntl is None:  # Windows removes no file that is open
+        os.close(handle)
+    with contextlib.suppress(OSError):
+        # while it is locked: who opened it meanwhile finds that it is not the file of that name
+        if fcntl is None or os.path.samestat(os.fstat(handle), os.stat(path)):
+            path.unlink()
+    if fcntl is not None:
+        os.close(handle)
+
+
+def _has_ended(found: dict[str, Any], host: str) -> bool:
+    """Whether a lock's holder is known to have ended, by the text alone."""
+    process = found.get("process")
+    if not found:
+        return True
+    if fcntl is None or found.get("host") != host or not isinstance(process, int):
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        return False
+    return False
+
+
 def _read(handle: int) -> dict[str, Any]:
     try:
-        found = json.loads(os.pread(handle, 4096, 0))
+        os.lseek(handle, 0, os.SEEK_SET)
+        found = json.loads(os.read(handle, 4096))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
+def _who(found: dict[str, Any]) -> str:
+    return f"process {found.get('process', '?')} on {found.get('host', '?')} since {found.get('since', '?')}"
+
+
 def _in_use(folder: Path, found: dict[str, Any], try_later: bool) -> InUseError:
-    who = f"process {found.get('process', '?')} on {found.get('host', '?')} since {found.get('since', '?')}"
-    error = InUseError(f"{folder} is in use by {who}; wait for it to end, or give another hydra.run.dir.")
+    text = f"{folder} is in use by {_who(found)}; wait for it to end, or give another hydra.run.dir."
+    if found.get("host") != socket.gethostname():
+        text += f" If that machine or process is gone for good, remove {folder / NAME}."
+    error = InUseError(text)
     if try_later:
-        error.exit_code = os.EX_TEMPFAIL
+        error.exit_code = TRY_LATER
     return error
