@@ -25,8 +25,8 @@ from nanochat.device import default_precision, find_device
 from nanochat.errors import DivergedError, UserError
 from nanochat.files import atomic_write
 from nanochat.reports.card import RunReport
-from nanochat.reports.header import Header
 from nanochat.training.callbacks.guard import NonFiniteError
+from nanochat.training.callbacks.header import Header
 from nanochat.training.callbacks.pending_validation import PendingValidation
 from nanochat.training.callbacks.progress import ProgressBar
 from nanochat.training.callbacks.time_limit import TimeLimit
