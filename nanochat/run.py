@@ -21,9 +21,10 @@ from nanochat.config.check import Checked, check
 from nanochat.config.features import feature_nodes
 from nanochat.config.vocabulary import build_data, fit_vocabulary
 from nanochat.data import DataModule
-from nanochat.device import default_precision, find_device
+from nanochat.device import default_precision, find_device, has_int8_products
 from nanochat.errors import DivergedError, UserError
 from nanochat.files import atomic_write
+from nanochat.model.config import int8_fits
 from nanochat.reports.card import RunReport
 from nanochat.training.callbacks.guard import NonFiniteError
 from nanochat.training.callbacks.header import Header
@@ -137,6 +138,9 @@ def settle(plain: dict[str, Any]) -> dict[str, Any]:
         trainer["accelerator"] = device.type
     if trainer.get("precision") == "auto":
         trainer["precision"] = default_precision(device)
+    model = plain.get("model") or {}
+    if model.get("int8") == "auto":
+        model["int8"] = int8_fits(model) and has_int8_products(device)
     if plain.get("compile", "auto") == "auto":
         plain["compile"] = device.type == "cuda"
     return plain

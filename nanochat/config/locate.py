@@ -46,8 +46,8 @@ def _import(module: str, key: str, name: str) -> tuple[Any, str]:
                 return None, f"{key}={name}: there is no package {root!r}{_near(None, root)}"
             return None, ""
         return None, f"{key}={name} needs the package {error.name}, which is not installed."
-    except ImportError as error:
-        return None, f"{key}={name} cannot be imported: {error}."
+    except Exception as error:  # whatever the user's own file raises
+        return None, f"{key}={name}: {module} cannot be imported: {error}."
 
 
 def _near(place: Any, part: str) -> str:

@@ -105,7 +105,7 @@ class Overrides:
 
     def _refuse_group(self, override: Override) -> bool:
         """Whether the choice of a group's option is wrong by itself; then says so."""
-        group, word = override.key_or_group, override.input_line
+        group, word = override.key_or_group, str(override.input_line)
         if override.type is OverrideType.DEL:
             return False
         bare = f"{'+' if group not in DEFAULTS else ''}{group}"
@@ -227,7 +227,7 @@ class Overrides:
         return f"there is no key {parent}.{name}{did_you_mean(f'{parent}.{name}', siblings)}"
 
     def _compose(self, overrides: Sequence[Any]) -> DictConfig:
-        words = [o.input_line if isinstance(o, Override) else o for o in (*self._hydra_groups, *overrides)]
+        words = [str(o.input_line) if isinstance(o, Override) else o for o in (*self._hydra_groups, *overrides)]
         words = [word for word in words if not word.startswith("hydra.searchpath=")]
         if self._searched:
             words.append(f"hydra.searchpath={self._searched}")

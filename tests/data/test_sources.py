@@ -291,8 +291,8 @@ def test_a_class_of_ones_own_is_a_corpus(tmp_path):
     ("name", "said"),
     [
         ("stdlb", "did you mean 'stdlib'"),
-        ("no.such.Corpus", "cannot be imported"),
-        ("pathlib.Paht", "cannot be imported"),
+        ("no.such.Corpus", "there is no package 'no'"),
+        ("pathlib.Paht", "did you mean 'Path'"),
         ("pathlib.Path", "is not a corpus"),
         ("json.dumps", "is not a corpus"),
     ],

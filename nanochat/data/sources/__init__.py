@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
+from nanochat.config.locate import locate
 from nanochat.data.sources.base import Corpus, Document, Skipped
 from nanochat.errors import ConfigError, did_you_mean
 
@@ -35,14 +36,12 @@ def find(name: str) -> Callable[..., Corpus]:
     """
     if name in names():
         return importlib.import_module(f"{__name__}.{name}").CORPUS
-    module, _, attribute = name.rpartition(".")
-    if not module:
+    if "." not in name:
         hint = did_you_mean(name, names())
         raise ConfigError(f"data.corpus={name} is not a corpus or the dotted path of a class{hint}")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"data.corpus={name} cannot be imported: {error}.") from error
+    found, problem = locate(name, "data.corpus")
+    if problem:
+        raise ConfigError(problem)
     missing = [method for method in ("documents", "fingerprint") if not callable(getattr(found, method, None))]
     if missing or not inspect.isclass(found):
         raise ConfigError(f"data.corpus={name} is not a corpus: it needs the methods documents and fingerprint.")
