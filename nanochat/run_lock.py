@@ -5,7 +5,7 @@ The system drops it with the process, however that ends, so a killed run is take
 other machines on network file systems that pass such locks on (NFSv4, NFSv3 with lockd, Lustre mounted with flock).
 Where a file system has none, a warning says so and the file's text decides: a holder on this machine that has ended is
 taken over, any other is refused with the sentence that says how to remove the file; two processes that start in the
-same millisecond are then not told apart.
+same millisecond are then not distinguished.
 """
 
 from __future__ import annotations

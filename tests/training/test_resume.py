@@ -75,7 +75,7 @@ def test_changes_that_are_fine(place: Path, saved: Path, override: str, caplog: 
     assert not caplog.text
 
 
-def test_another_length_is_told_since_every_rate_depends_on_it(
+def test_another_length_warns_since_every_rate_depends_on_it(
     place: Path, saved: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -83,7 +83,7 @@ def test_another_length_is_told_since_every_rate_depends_on_it(
     assert "trainer.max_steps 2 -> 10" in caplog.text
 
 
-def test_what_changes_the_bits_is_told(place: Path, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_changes_the_bits_warns(place: Path, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:

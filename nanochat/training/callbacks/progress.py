@@ -57,13 +57,13 @@ class ProgressBar(StepCallback):
         self.every_n_seconds = every_n_seconds
         self._bar: Progress | None = None
         self._task: Any = None
-        self._told = self._start = 0.0
+        self._logged = self._start = 0.0
         self._first = 0
         self._loss = DebiasedMean(LOSS_MEMORY)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._told = self._start = time.monotonic()
+        self._logged = self._start = time.monotonic()
         self._first = trainer.global_step
         if sys.stderr.isatty():
             columns = (
@@ -84,8 +84,8 @@ class ProgressBar(StepCallback):
         numbers = self._numbers(metrics)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
-        elif time.monotonic() - self._told >= self.every_n_seconds or step == trainer.max_steps:
-            self._told = time.monotonic()
+        elif time.monotonic() - self._logged >= self.every_n_seconds or step == trainer.max_steps:
+            self._logged = time.monotonic()
             log.info("step %d/%d  %s  %s left", step, trainer.max_steps, numbers, self._left(trainer, step))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
