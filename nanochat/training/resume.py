@@ -170,7 +170,7 @@ def check_resume(path: Path, plain_cfg: dict[str, Any]) -> None:
 
 def _model_fields(cfg: dict[str, Any]) -> Any:
     """The model's values, those that an older version did not have yet at what they mean there."""
-    values = cfg.get("model")
+    values: Any = cfg.get("model")
     try:
         return dataclasses.asdict(GPTConfig.from_dict({k: v for k, v in values.items() if not k.startswith("_")}))
     except (AttributeError, TypeError, UserError):  # compared as they stand
