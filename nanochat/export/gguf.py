@@ -104,7 +104,8 @@ def _shares_scales(config: GPTConfig, kind: str) -> bool:
 def default_type(config: GPTConfig) -> str:
     """The smallest type that holds this network's matrices exactly: for a ternary one tq2_0, q2_0 or q4_0."""
     types = ("tq2_0", "q2_0", "q4_0") if config.ternary else ()
-    return next((t for t in types if config.dim % BLOCK[t] == 0 and _shares_scales(config, t)), "f16")
+    width = math.gcd(config.dim, config.stream_width)
+    return next((t for t in types if width % BLOCK[t] == 0 and _shares_scales(config, t)), "f16")
 
 
 def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
