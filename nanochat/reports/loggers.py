@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from nanochat.config.schema import in_sweep
@@ -54,8 +55,9 @@ def build_loggers(plain: dict[str, Any], folder: Path) -> list[Any]:
                 logger.log_hyperparams({"cfg": plain})
             if is_wandb(logger):
                 _add_tokens(logger, plain)
-        except Exception as error:
+        except Exception as raised:
             close_loggers(loggers)
+            error = _unwrapped(raised)
             if isinstance(error, ModuleNotFoundError):
                 extra = EXTRAS.get(str(node["_target_"]).rpartition(".")[2])
                 how = f"pip install 'nanochat[{extra}]'" if extra else error.name or _reason(error)
@@ -144,9 +146,13 @@ def _inside(folder: Path, place: Any) -> Any:
     return str(folder.absolute() / place) if isinstance(place, str | os.PathLike) else place
 
 
+def _unwrapped(error: Exception) -> Exception:
+    """What Hydra's error was raised from."""
+    cause = error.__cause__
+    return cause if isinstance(error, InstantiationException) and isinstance(cause, Exception) else error
+
+
 def _reason(error: Exception) -> str:
-    """The kind of an error and its message on one line, without a stop at its end."""
-    text = " ".join(str(error).split()).rstrip(".")
-    if len(text) > 300:
-        text = text[:300].rsplit(" ", 1)[0] + " ..."
-    return f"{type(error).__name__}: {text}"
+    """The kind of an error and its message's first sentence, without a stop."""
+    text = " ".join(str(error).split()).partition(". ")[0]
+    return f"{type(error).__name__}: {text.rstrip('.')}"

@@ -128,7 +128,7 @@ def test_long_documents_are_cut_where_the_share_is_not_as_it_should_be(tmp_path,
     (part,) = [text for text in train if text.startswith("title")]
     assert len(part) == pytest.approx(0.95 * len(long), rel=0.02)
     assert long.endswith(val[0])
-    assert len(long) - len(part) - len(val[0]) == module.GAP
+    assert len(long) - len(part) - len(val[0]) == 4096
     assert 0.01 < shards.header["share"] < 0.2
 
 

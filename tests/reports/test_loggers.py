@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import Logger
 
+from nanochat.config.compose import compose
 from nanochat.config.schema import CONF
 from nanochat.config.signatures import check_nodes
-from nanochat.errors import UserError
+from nanochat.errors import ConfigError, UserError
 from nanochat.reports.loggers import build_loggers
 from nanochat.run import train
 from tests.runs import configure, read_metrics, words
@@ -109,6 +110,14 @@ def test_several_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert run.data.params["cfg/trainer/max_steps"] == "3"
     assert run.data.tags["mlflow.runName"] == "run"  # no preset is chosen outside of Hydra
     assert not {"mlruns", "tensorboard"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_several_are_chosen_on_the_command_line() -> None:
+    assert list(compose(["logger=[tensorboard,mlflow]"])["logger"]) == ["tensorboard", "mlflow"]
+    with pytest.raises(ConfigError, match="logger has no option 'mlfow'; did you mean 'mlflow'"):
+        compose(["logger=[tensorboard,mlfow]"])
+    with pytest.raises(ConfigError, match="merge several options of one group"):
+        compose(["model=[tiny,d20]"])
 
 
 def test_wandb(tmp_path: Path) -> None:
@@ -206,7 +215,7 @@ def test_a_logger_that_fails_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptu
         (own(Broken), r"logger=mine cannot be used \(AttributeError: no account\)\.$"),
         (
             {"logger": {"mlflow": {"_target_": "lightning.pytorch.loggers.MLFlowLogger", "tracking_uri": "no://x"}}},
-            r"logger=mlflow cannot be used \(.*unsupported URI 'no://x'.*\)\.$",
+            r"logger=mlflow cannot be used \(Unsupported\w+: [^.]* unsupported URI 'no://x' [^.]*\)\.$",
         ),
     ],
 )
@@ -214,6 +223,13 @@ def test_a_logger_that_cannot_start_is_one_sentence(configuration: dict[str, Any
     with pytest.raises(UserError, match=said) as caught:
         build_loggers(configuration, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.loggers.mlflow._MLFLOW_AVAILABLE", False)
+    node = {"_target_": "lightning.pytorch.loggers.MLFlowLogger"}
+    with pytest.raises(UserError, match=r"not installed: pip install 'nanochat\[mlflow\]'\.$"):
+        build_loggers({"logger": {"mlflow": node}}, tmp_path)
 
 
 def test_tensorboard_is_checked_by_its_own_arguments() -> None:
