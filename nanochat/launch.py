@@ -42,6 +42,8 @@ LEAVINGS = {
     "multirun.yaml",
     "summary.json",
     "wandb",
+    "tensorboard",
+    "mlruns",
 }
 """what a run or sweep that never got as far as training may have written"""
 

@@ -19,10 +19,12 @@ from nanochat.config.check import Checked, check
 from nanochat.config.features import feature_nodes
 from nanochat.config.vocabulary import build_data, fit_vocabulary
 from nanochat.data import DataModule
-from nanochat.device import default_precision, find_device
+from nanochat.device import default_precision, find_device, has_int8_products
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
+from nanochat.model.config import int8_fits
 from nanochat.reports.card import RunReport
+from nanochat.reports.loggers import build_loggers, close_loggers
 from nanochat.training.callbacks.guard import NonFiniteError
 from nanochat.training.callbacks.pending_validation import PendingValidation
 from nanochat.training.callbacks.progress import ProgressBar
@@ -71,7 +73,7 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
     loggers: list[Any] = []
     rate_scale = 1.0
     try:
-        loggers = build_loggers(plain)
+        loggers = build_loggers(plain, folder)
         while True:
             module = NanoChatModule(plain, rate_scale)
             trainer = build_trainer(plain, folder, loggers)
@@ -115,6 +117,9 @@ def settle(plain: dict[str, Any]) -> dict[str, Any]:
         trainer["accelerator"] = device.type
     if trainer.get("precision") == "auto":
         trainer["precision"] = default_precision(device)
+    model = plain.get("model") or {}
+    if model.get("int8") == "auto":
+        model["int8"] = int8_fits(model) and has_int8_products(device)
     if plain.get("compile", "auto") == "auto":
         plain["compile"] = device.type == "cuda"
     return plain
@@ -165,43 +170,12 @@ def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any]) -> Tr
     )
 
 
-def build_loggers(plain: dict[str, Any]) -> list[Any]:
-    """The configured loggers, started, so that a missing account or network is found before the first step."""
-    loggers = []
-    for name, node in (plain.get("logger") or {}).items():
-        if not node:
-            continue
-        try:
-            logger = instantiate(node)
-            _ = logger.experiment
-        except ModuleNotFoundError as error:
-            raise UserError(f"logger={name} needs a package that is not installed: {error.name or error}.") from error
-        except Exception as error:
-            if not str(node["_target_"]).endswith("WandbLogger"):
-                raise
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"Weights & Biases cannot be used ({reason[:200]}): log in with `wandb login`, or say "
-                "logger.wandb.offline=true, which needs neither an account nor a network."
-            ) from error
-        if hasattr(logger, "log_hyperparams"):
-            logger.log_hyperparams({"cfg": plain})
-        loggers.append(logger)
-    return loggers
-
-
 def clean_up(loggers: list[Any]) -> None:
     """Leave nothing of this run behind for the next job of a sweep, which shares the process.
 
     Only log what goes wrong: the run's own exception must propagate.
     """
-    for logger in loggers:
-        if type(logger).__name__ == "WandbLogger":
-            try:
-                logger.experiment.finish()
-            except Exception as error:
-                reason = " ".join(str(error).split())
-                log.warning("Weights & Biases could not be closed (%s: %s).", type(error).__name__, reason[:200])
+    close_loggers(loggers)
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():

@@ -358,6 +358,15 @@ def test_train_py_refuses_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert folders(tmp_path) == []
 
 
+@pytest.mark.parametrize("word", ["+mpt=on", "optim=mun", "model.dmi=5", "trainer.max_steps=0", "--multirn"])
+def test_a_mistake_that_needs_no_torch_imports_none(tmp_path: Path, word: str) -> None:
+    code = "import sys\nfrom nanochat.launch import main\ntry:\n    found = main(sys.argv[1:])\n"
+    code += "except SystemExit as error:\n    found = error.code\n"
+    done = process("-c", code + "print(found, 'torch' in sys.modules)", word, cwd=tmp_path)
+    assert done.stdout == "2 False\n"
+    assert done.stderr.startswith("error: ")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the variable is for Linux alone")
 def test_the_allocator_is_set_before_torch_is_there(tmp_path: Path) -> None:
     code = "import os, sys; os.environ.pop('THP_MEM_ALLOC_ENABLE', None); import train\n"

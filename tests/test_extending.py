@@ -235,4 +235,5 @@ def test_inside_of_nanochat_each_is_one_file_and_one_yaml(tmp_path: Path) -> Non
     run(f"nanochat train {words} hydra.run.dir=run", tmp_path, root=tmp_path)
     [group] = read_state(tmp_path / "run")["optimizer_states"][0]["groups"]
     assert group["rule"] == "sign"
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["corpus"] == "verses"
     assert torch.isfinite(read_state(tmp_path / "run")["state_dict"]["objectives.probe.read.weight"]).all()

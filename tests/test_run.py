@@ -132,7 +132,7 @@ def test_a_logger_that_cannot_be_closed_hides_nothing(
     def validation_step(self: NanoChatModule, *args: Any) -> None:
         raise ZeroDivisionError("the run's own")
 
-    monkeypatch.setattr("nanochat.run.build_loggers", lambda plain: [WandbLogger(), WandbLogger()])
+    monkeypatch.setattr("nanochat.run.build_loggers", lambda plain, folder: [WandbLogger(), WandbLogger()])
     if fails:
         monkeypatch.setattr(NanoChatModule, "validation_step", validation_step)
         with pytest.raises(ZeroDivisionError, match="the run's own"):

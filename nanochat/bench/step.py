@@ -1,4 +1,7 @@
-"""`nanochat bench step`: training speed at the shapes of the presets, where the time goes, and Lightning's share."""
+"""`nanochat bench step`: training speed at the shapes of the presets, where the time goes, and Lightning's share.
+
+With `--peer NAME=PATH`: our step as a run starts it beside those of other projects, with the rounds interleaved.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,14 @@ from lightning import Callback
 from torch import Tensor
 
 from nanochat.bench.measure import clock, interleaved, report, seconds
+from nanochat.bench.peers import OURS, Peer, add_peer_option, compare, current_load
 from nanochat.config.compose import compose
 from nanochat.config.vocabulary import plan_vocabulary
 from nanochat.console import Parser, some_of
 from nanochat.data.random_tokens import RandomTokens
 from nanochat.device import autocast, find_device
 from nanochat.errors import UserError
+from nanochat.model.bitlinear import keep_trits
 from nanochat.objectives import Step, linear_cross_entropy
 from nanochat.reports.table import show
 from nanochat.run import build_trainer, quieten, settle
@@ -121,6 +126,7 @@ def bench_preset(cfg: dict[str, Any], batch: int, accumulate: int, repeats: int)
         cfg: as `configure` gives it. batch: sequences of a micro-batch. accumulate: micro-batches of a step.
     """
     module = build(cfg)
+    keep_trits(module, accumulate > 1)  # as a run does
     config = module.gpt.config
     data = RandomTokens(config, batch, accumulate, module.device)
     optimizer = module.configure_optimizers()
@@ -150,6 +156,48 @@ def bench_preset(cfg: dict[str, Any], batch: int, accumulate: int, repeats: int)
     shares["data"] = interleaved({"data": data_part}, repeats)["data"] / step
     tokens = batch * accumulate * config.seq_len
     return {"tokens_per_step": tokens, "step_seconds": step, "tokens_per_second": tokens / step, "share": shares}
+
+
+def bench_peers(
+    cfg: dict[str, Any], batch: int, accumulate: int, repeats: int, peers: Sequence[Peer], compiled: bool
+) -> dict[str, Any]:
+    """What `compare` gives for the step of a settled configuration, and `ours`: what was settled.
+
+    Every arm trains on random tokens of the same shape, as many a step. Ours is the step of a run, with its clipping;
+    the peers' are in their fastest of float32 and bfloat16, with their own optimizers and without clipping.
+    """
+    module = build(cfg)
+    keep_trits(module, accumulate > 1)
+    config = module.gpt.config
+    data = RandomTokens(config, batch, accumulate, module.device)
+    optimizer = module.configure_optimizers()
+    load = current_load(config, batch, accumulate, module.device)
+    parameters = sum(p.numel() for p in module.parameters())
+    figures = compare(
+        lambda: bare_step(module, optimizer, data.batches), parameters, peers, compiled, load, repeats
+    )  # fmt: skip
+    settled = {"precision": cfg["trainer"]["precision"], "compile": cfg["compile"], "int8": config.int8}
+    return {"ours": {**settled, "ternary": config.ternary}, **figures}
+
+
+def show_peers(preset: str, optim: str, threads: int, figures: dict[str, Any]) -> None:
+    """Print the comparison of one preset."""
+    best = figures["best"].values()
+    rows = [
+        [
+            name,
+            f"{arm['parameters'] / 1e6:,.1f}M",
+            f"{arm['tokens_per_second']:,.0f}",
+            f"{arm['ours_over_this']:.2f}x",
+            "yes" if name in best else "",
+        ]
+        for name, arm in figures["arms"].items()
+    ]
+    settled = ", ".join(f"{key}={value}" for key, value in figures["ours"].items())
+    notes = [f"{OURS}: optim={optim}, {settled}. The ratio is the median over the rounds of the seconds over ours."]
+    notes += [f"{name} did not run: {reason}" for name, reason in figures["failed"].items()]
+    title = f"Training step, {preset}, {figures['tokens_per_step']:,} tokens a step, {threads} thread(s)"
+    show(title, ["arm", "parameters", "tokens/s", "ours is faster by", "its best"], rows, notes)
 
 
 class _Clock(Callback):
@@ -230,10 +278,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--presets", type=some_of(SHAPES), default=["d20", "nano-125m"], help=presets)
     parser.add_argument("--optim", default="muon")
     parser.add_argument("--no-lightning", action="store_true", help="leave out the comparison with a bare loop")
+    add_peer_option(parser)
+    parser.add_argument("--compile", action="store_true", help="measure the peers compiled, too")
     parser.add_argument("overrides", nargs="*", help="configuration overrides, such as model.ternary=false")
     options = parser.parse_intermixed_args(argv)
     overrides = check_overrides(options.overrides)
     torch.set_num_threads(options.threads)
+    if options.compile and not options.peer:
+        raise UserError("--compile is for the peers of --peer; ours compiles with compile=true.")
+    if options.peer:
+        return main_peers(options, overrides)
     figures: dict[str, Any] = {"presets": {}}
     rows = []
     for preset in options.presets:
@@ -261,5 +315,18 @@ def main(argv: list[str]) -> int:
             )
         title = f"Training step, {options.optim}, {options.threads} thread(s)"
         show(title, ["preset", "tokens a step", "tokens/s", *parts_of], rows, notes)
+    report(figures, options.json)
+    return 0
+
+
+def main_peers(options: Any, overrides: list[str]) -> int:
+    """Compare with the peers; returns the exit code."""
+    figures: dict[str, Any] = {"peers": {}}
+    for preset in options.presets:
+        cfg = configure(preset, options.optim, overrides)
+        entry = bench_peers(cfg, *SHAPES[preset], options.repeats, options.peer, options.compile)
+        figures["peers"][preset] = entry
+        if not options.json:
+            show_peers(preset, options.optim, options.threads, entry)
     report(figures, options.json)
     return 0

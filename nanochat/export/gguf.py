@@ -96,10 +96,16 @@ def architecture(config: GPTConfig, nextn: int = 0) -> str:
     return "hy_v3" if nextn else "qwen3"
 
 
+def _shares_scales(config: GPTConfig, kind: str) -> bool:
+    """Whether every block of a type lies within weights that share one scale."""
+    return config.weight_block == "row" or int(config.weight_block) % BLOCK[kind] == 0
+
+
 def default_type(config: GPTConfig) -> str:
     """The smallest type that holds this network's matrices exactly: for a ternary one tq2_0, q2_0 or q4_0."""
     types = ("tq2_0", "q2_0", "q4_0") if config.ternary else ()
-    return next((t for t in types if config.dim % BLOCK[t] == 0 and config.weight_block % BLOCK[t] == 0), "f16")
+    width = math.gcd(config.dim, config.stream_width)
+    return next((t for t in types if width % BLOCK[t] == 0 and _shares_scales(config, t)), "f16")
 
 
 def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
@@ -130,7 +136,7 @@ def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
             f"--type {kind} needs a width that is a multiple of {BLOCK[kind]}, and {width}; "
             f"use --type {', '.join([*smaller, 'f16'])} or f32."
         )
-    if config.weight_block % BLOCK[kind]:
+    if not _shares_scales(config, kind):
         raise UserError(
             f"--type {kind} has one scale for every {BLOCK[kind]} weights, and model.weight_block is "
             f"{config.weight_block}; use --type f16 or f32."
@@ -213,7 +219,7 @@ def _write(writer: Any, keys: dict[str, Any], plans: list[TensorPlan]) -> None:
     for plan in plans:
         size = packed_bytes(plan.shape, plan.type)
         # any dtype but uint8: of bytes the library would work out the shape, from the types that it knows
-        writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.int8), size, raw_dtype=NUMBERS[plan.type])
+        writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.int8), size, raw_dtype=NUMBERS[plan.type])  # type: ignore[arg-type]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -68,7 +68,7 @@ def shipped(weight: Tensor, config: GPTConfig) -> np.ndarray:
     """The float32 values that the forward pass multiplies by."""
     weight = weight.detach().cpu().float()
     if config.ternary:
-        weight = dequantise(*ternarise(weight, config.weight_block), config.weight_block)
+        weight = dequantise(*ternarise(weight, config.weight_block, config.scale_format), config.weight_block)
     return weight.numpy()
 
 

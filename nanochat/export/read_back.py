@@ -83,7 +83,7 @@ def network(exported: Exported) -> GPT:
     return gpt.requires_grad_(False).eval()
 
 
-def latent_weight(values: Tensor, block: int) -> Tensor:
+def latent_weight(values: Tensor, block: int | str) -> Tensor:
     """A float matrix that `ternarise` maps to exactly these values.
 
     The scale of a block is the mean of its magnitudes, which zeros lower: non-zero values are raised by the
@@ -92,7 +92,8 @@ def latent_weight(values: Tensor, block: int) -> Tensor:
     values: (out, in) in {-s, 0, s} per block; block: as in `ternarise`.
     """
     rows, cols = values.shape
-    parts = [values.reshape(1, -1)] if block == 0 else list(values.split(block, dim=1))
+    width = cols if block == "row" else int(block)
+    parts = list(values.split(width, dim=1)) if width else [values.reshape(1, -1)]
     raised = []
     for part in parts:
         share = (part != 0).double().mean(-1, keepdim=True).clamp_min(1e-12)
@@ -108,9 +109,9 @@ def _is_ternary(name: str, tensor: Tensor) -> bool:
 
 
 def _latent(exported: Exported, name: str, values: Tensor) -> Tensor:
-    block = exported.config.weight_block
+    block, scale_format = exported.config.weight_block, exported.config.scale_format
     latent = latent_weight(values, block)
-    if not torch.equal(dequantise(*ternarise(latent, block), block), values):
+    if not torch.equal(dequantise(*ternarise(latent, block, scale_format), block), values):
         raise UserError(f"{exported.path}: {name} does not hold ternary weights on the grid of this network.")
     return latent
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
 from nanochat.model.autocast import product_dtype
-from nanochat.model.bitlinear import BitLinear, int8_activation
+from nanochat.model.bitlinear import BitLinear, project
 from nanochat.model.config import GPTConfig
 from nanochat.model.norm import RMSNorm
 from nanochat.model.rotary import apply_rope
@@ -154,19 +154,15 @@ class Attention(nn.Module):
         self.config, self.layer = config, layer
         d, head_dim = config.dim, config.head_dim
 
-        def linear(inputs: int, outputs: int) -> BitLinear:
-            return BitLinear(inputs, outputs, config.ternary, config.weight_block)
-
         self.norm = RMSNorm(d, eps=config.norm_eps, width=config.stream_width)
-        self.q = linear(d, config.n_heads * head_dim)
-        self.k = linear(d, config.n_kv_heads * head_dim)
-        self.v = linear(d, config.n_kv_heads * head_dim)
-        self.o = linear(config.n_heads * head_dim, d)
+        self.q = BitLinear(d, config.n_heads * head_dim, config)
+        self.k = BitLinear(d, config.n_kv_heads * head_dim, config)
+        self.v = BitLinear(d, config.n_kv_heads * head_dim, config)
+        self.o = BitLinear(config.n_heads * head_dim, d, config)
         self.q_norm = RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.sub_norm = RMSNorm(d, eps=config.norm_eps) if config.sub_norm else None
         self.value = None if value_table is None else ValueEmbedding(config, value_table)
-        self.int8 = config.activation_scale if config.ternary else "none"
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, lane: Lane | None = None
@@ -178,12 +174,10 @@ class Attention(nn.Module):
             h = self.norm(x)
         else:
             h, scale = self.norm.with_scale(x, lane.square)
-        h = int8_activation(h, self.int8)  # (B, T, d)
-        q = self.q(h).unflatten(-1, (-1, head_dim))  # (B, T, H, head_dim)
-        k = self.k(h).unflatten(-1, (-1, head_dim))  # (B, T, KV, head_dim)
-        v = self.v(h).unflatten(-1, (-1, head_dim))
+        # (B, T, H, head_dim), and twice (B, T, KV, head_dim)
+        q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in project(h, self.q, self.k, self.v))
         if self.value is not None and lane is not None:
-            v = self.value(v, x, lane.values, scale, self.int8)
+            v = self.value(v, x, lane.values, scale, self.v.activation_scale)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
@@ -191,4 +185,4 @@ class Attention(nn.Module):
         y = y.flatten(-2)  # (B, T, d)
         if self.sub_norm is not None:
             y = self.sub_norm(y)
-        return self.o(int8_activation(y, self.int8))
+        return self.o(y)

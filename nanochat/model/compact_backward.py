@@ -26,6 +26,7 @@ from torch.overrides import get_default_nowrap_functions
 
 from nanochat.model.attention import attention_backward, causal_attention
 from nanochat.model.bitlinear import int8_activation
+from nanochat.model.int8 import int8_linear, int8_linear_backward, row_steps
 
 
 class KeptRows:
@@ -303,6 +304,24 @@ def _straight_through(
     return lambda tape, g: [(key, g)]
 
 
+def _int8_linear(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], outs: Any) -> Callable[..., Gradients]:
+    """Several integer products of the same rows, whose codes are made again."""
+    x, weights, trits, scales = args
+    x_key, w_keys = tape.save(x), [tape.weight(w) for w in weights]
+
+    def backward(tape: Tape, *arrived: Tensor | None) -> Gradients:
+        rows = tape.fetch(x_key)  # (B, K, d)
+        wide, step = row_steps(rows.flatten(0, 1))
+        codes = (wide / step).round_().to(torch.int8)
+        known = [(g, t, s, key) for g, t, s, key in zip(arrived, trits, scales, w_keys, strict=True) if g is not None]
+        gradients, own_trits, own_scales, keys = map(list, zip(*known, strict=True))
+        dx, dw = int8_linear_backward(gradients, codes, step, own_trits, own_scales)
+        yield x_key, dx
+        yield from ((key, g) for key, g in zip(keys, dw, strict=True) if key is not None)
+
+    return backward
+
+
 def _attention(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], outs: Any) -> Callable[..., Gradients]:
     """Kept queries against all keys."""
     keys = [tape.save(arg) for arg in args]
@@ -318,6 +337,7 @@ def _attention(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], ou
 RULES: dict[Callable, Callable] = {
     causal_attention: _attention,
     int8_activation: _straight_through,
+    int8_linear: _int8_linear,
     F.linear: _linear,
     torch.Tensor.add: _add,
     torch.Tensor.__add__: _add,

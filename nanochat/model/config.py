@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanochat.errors import ConfigError, UserError
 from nanochat.files import atomic_write
@@ -18,6 +20,24 @@ ACTIVATION_SCALES = ("token", "block", "none")
 STREAM_MAPS = ("static", "dynamic")
 VALUE_GATES = ("static", "input")
 VALUE_GATE_CHANNELS = 12  # of the stream, which a gate of the input reads
+SCALE_FORMATS = ("bfloat16", "float16")
+BEFORE = {"scale_format": "float16"}
+"""values of fields that files from before them lack, where they differ from the defaults"""
+
+
+def constant_scales(block: int | str, inputs: int) -> bool:
+    """Whether a ternary matrix with this many inputs has one scale along each row."""
+    return block in ("row", 0) or (isinstance(block, int) and block >= inputs)
+
+
+def int8_fits(values: Mapping[str, Any]) -> bool:
+    """Whether a network of these fields of a GPTConfig can compute its forward pass in integers."""
+    widths = [values.get("dim"), values.get("ffn_dim")]
+    return (
+        values.get("ternary") is True
+        and values.get("activation_scale") == "token"
+        and all(isinstance(w, int) and constant_scales(values.get("weight_block", 256), w) for w in widths)
+    )
 
 
 @dataclass(frozen=True)
@@ -55,10 +75,14 @@ class GPTConfig:
 
     ternary: bool = True
     """{-1, 0, 1} weights in the blocks' matrices; false is the float arm of a comparison"""
-    weight_block: int = 256
-    """weights that share one float16 scale, along the input dimension; 0 = one scale per matrix"""
+    weight_block: int | str = 256
+    """weights that share one scale, along the input dimension; `row`: one scale per row, 0: one per matrix"""
+    scale_format: str = "bfloat16"
+    """bfloat16: scales exact in float16 and bfloat16; float16: as before this switch, exact in float16 alone"""
     activation_scale: str = "token"
     """int8 activations by the absolute maximum per token, per block of 256 (as ggml's Q8_K), or none"""
+    int8: bool | str = False
+    """integer forward pass; `auto` is for a run to settle from its machine, and false here"""
 
     value_embeddings: int = 0
     """tables of value embeddings: 0, 1 or 2 (2 take turns over the layers)"""
@@ -125,8 +149,23 @@ class GPTConfig:
             yield f"mhc.streams={self.streams} must be 2 or 4 (1 is off)."
         if self.stream_maps not in STREAM_MAPS:
             yield f"mhc.maps={self.stream_maps!r} is unknown; choose one of {', '.join(STREAM_MAPS)}."
-        if not isinstance(self.weight_block, int) or self.weight_block < 0:
-            yield f"model.weight_block={self.weight_block!r} must be 0 (one scale per matrix) or positive."
+        block = self.weight_block
+        if block != "row" and (not isinstance(block, int) or isinstance(block, bool) or block < 0):
+            yield f"model.weight_block={block!r} must be positive, `row`, or 0 (one scale per matrix)."
+            return
+        if self.scale_format not in SCALE_FORMATS:
+            yield f"model.scale_format={self.scale_format!r} is unknown; choose one of {', '.join(SCALE_FORMATS)}."
+        if self.int8 not in (True, False, "auto") or (self.int8 in (0, 1) and not isinstance(self.int8, bool)):
+            yield f"model.int8={self.int8!r} must be auto, true or false."
+        elif self.int8 is True and not self.ternary:
+            yield "model.int8=true needs ternary weights, and model.ternary is false."
+        elif self.int8 is True and self.activation_scale != "token":
+            yield f"model.int8=true needs model.activation_scale=token, not {self.activation_scale}."
+        elif self.int8 is True and not int8_fits(dataclasses.asdict(self)):
+            yield (
+                f"model.int8=true needs scales that are constant along a row, and model.weight_block={block} is less "
+                f"than {max(self.dim, self.ffn_dim)} inputs; use model.weight_block=row."
+            )
         yield from self._value_problems()
         for field in ("rope_base", "norm_eps"):
             if not getattr(self, field) > 0:
@@ -168,8 +207,6 @@ class GPTConfig:
                 f"model.value_embedding_width={width!r} must be a multiple of the head's width {self.head_dim}, "
                 f"at most {whole} ({self.n_kv_heads} key/value heads)."
             )
-        if self.streams > 1:
-            yield f"model.value_embeddings={self.value_embeddings} does not work with mhc.streams={self.streams}."
         if self.value_gate == "input" and self.dim < VALUE_GATE_CHANNELS:
             yield f"model.value_gate=input needs a model.dim of at least {VALUE_GATE_CHANNELS}, not {self.dim}."
 
@@ -226,12 +263,15 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> GPTConfig:
-        """Build from a mapping; raises `UserError` when it has unknown keys (a file of a newer version)."""
+        """Build from a mapping, which may be older than some fields.
+
+        Raises `UserError` when it has unknown keys (a file of a newer version).
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise UserError(f"the model's configuration has unknown keys: {', '.join(unknown)}.")
-        return cls(**values)
+        return cls(**{**BEFORE, **values})
 
     @classmethod
     def from_json(cls, path: str | Path) -> GPTConfig:

@@ -43,6 +43,8 @@ class _Rotate(torch.autograd.Function):
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     first, second = x.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # which cannot write into a part of a tensor, and fuses these anyway
+        return torch.cat((first * cos - direction * second * sin, second * cos + direction * first * sin), -1)
     y = torch.empty_like(x)
     y_first, y_second = y.chunk(2, dim=-1)
     torch.mul(first, cos, out=y_first).addcmul_(second, sin, value=-direction)

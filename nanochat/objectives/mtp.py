@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nanochat.errors import ConfigError
 from nanochat.model import GPTConfig
 from nanochat.model.attention import KeyValueCache
-from nanochat.model.bitlinear import BitLinear, int8_activation
+from nanochat.model.bitlinear import BitLinear
 from nanochat.model.compact_backward import KeptRows
 from nanochat.model.gpt import Block, reset_blocks
 from nanochat.model.norm import RMSNorm
@@ -49,11 +49,10 @@ class SequentialHead(nn.Module):
         d, norm = config.dim, {"eps": config.norm_eps, "width": config.stream_width}
         self.embedding_norm = RMSNorm(d, **norm)
         self.hidden_norm = RMSNorm(d, **norm)
-        self.eh_proj = BitLinear(2 * d, d, config.ternary, config.weight_block)
+        self.eh_proj = BitLinear(2 * d, d, config)
         self.block = Block(config, layer=0)
         self.norm = RMSNorm(d, **norm)
         self.config = config
-        self.int8 = config.activation_scale if config.ternary else "none"
         if not self.eh_proj.weight.is_meta:
             nn.init.normal_(self.eh_proj.weight, 0.0, (2 * d) ** -0.5, generator=source)
             reset_blocks(self.block, config, source)
@@ -73,7 +72,7 @@ class SequentialHead(nn.Module):
         square: (B, T, 1), of the lane of token t + 1.
         """
         x = torch.cat((self.embedding_norm(embedded, square), self.hidden_norm(hidden)), dim=-1)  # (B, T, 2d)
-        x = self.eh_proj(int8_activation(x, self.int8))
+        x = self.eh_proj(x)
         return self.norm(self.block(x, cos, sin, cache, kept))
 
 
@@ -84,8 +83,7 @@ class ParallelHead(nn.Module):
         super().__init__()
         d = config.dim
         self.norm = RMSNorm(d, eps=config.norm_eps)
-        self.proj = BitLinear(d, d, config.ternary, config.weight_block)
-        self.int8 = config.activation_scale if config.ternary else "none"
+        self.proj = BitLinear(d, d, config)
         if self.proj.weight.is_meta:
             return
         if config.zero_init:
@@ -94,7 +92,7 @@ class ParallelHead(nn.Module):
             nn.init.normal_(self.proj.weight, 0.0, d**-0.5, generator=source)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (..., d) -> (..., d)
-        return hidden + F.silu(self.proj(int8_activation(self.norm(hidden), self.int8)))
+        return hidden + F.silu(self.proj(self.norm(hidden)))
 
 
 class MultiTokenPrediction(Objective):
@@ -180,14 +178,15 @@ class MultiTokenPrediction(Objective):
         index = draw(candidates, count, generator(self.seed, step.micro_step))
         # a sequence stands for this many; the mean of the full loss has the valid targets of all in its denominator
         scale = candidates.sum() / candidates.sum().clamp(1, count)
-        hidden, words = step.hidden[index], step.embedded[index]
+        hidden, embedded = step.hidden[index], step.embedded[index]
         square = None if step.lane is None or step.lane.square is None else step.lane.square[index]
         cos, sin = step.gpt.cos[:length], step.gpt.sin[:length]
         kept = None if step.kept is None else KeptRows(step.kept[index])
         for i, target in enumerate(targets[: last_nonzero(weights) + 1]):
             # the last positions read tokens from the sequence's beginning; their targets are ignored
-            following = None if square is None else square.roll(-(i + 1), dims=1)
-            hidden = self.heads[i](hidden, words.roll(-(i + 1), dims=1), cos, sin, kept=kept, square=following)
+            next_embedded = embedded.roll(-(i + 1), dims=1)
+            next_square = None if square is None else square.roll(-(i + 1), dims=1)
+            hidden = self.heads[i](hidden, next_embedded, cos, sin, kept=kept, square=next_square)
             share = valid[i][index].sum() / valid[i].sum().clamp_min(1)
             if weights[i]:
                 yield self._cross_entropy(step, hidden, target[index], weights[i] * share * scale)

@@ -24,7 +24,7 @@ class Step:
     hidden: Tensor
     """(B, T, d), after the final norm"""
     embedded: Tensor
-    """(B, T, d), of the tokens: what another term reads of it adds to one gradient of the table"""
+    """(B, T, d), the token embeddings, shared with MTP"""
     lane: Lane | None = None
     """the tokens' value embeddings, if the model has any"""
     step: int = 0

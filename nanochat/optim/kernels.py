@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -28,7 +27,6 @@ class KernelRule(Rule):
 
     quantized = True
 
-    @dataclass(frozen=True)
     class Options(Options8bit):
         """Blocks, and whose kernels."""
 

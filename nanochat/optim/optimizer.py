@@ -84,6 +84,8 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[parameter] = rule.init(parameter, group, i)
         parameters = [parameter for _, parameter in used]
         rule.step(group, parameters, [p.grad for p in parameters], [self.state[p] for p in parameters])
+        # fused kernels do not: what is kept of a weight until it changes (its trits) goes by its version
+        torch.autograd.graph.increment_version(parameters)
 
     def set_progress(self, step: int, max_steps: int, schedule: Callable[[int, int], float]) -> None:
         """Set every rate for a step, as functions of (step, max_steps) alone.

@@ -35,17 +35,36 @@ def number(default: float | None, low: float = 0.0, high: float = math.inf, *, o
 
 def positive(default: float) -> Any:
     """A number above 0."""
-    return option(default, _check_positive)
+
+    def check(value: Any, what: str) -> float:
+        if check_number(value, what) == 0.0:
+            raise UserError(f"{what} must be more than 0: elements without a gradient would divide zero by zero.")
+        return float(value)
+
+    return option(default, check)
 
 
-def whole(default: int | None, low: int | None = 0, high: int | None = None, *, saved: bool = False) -> Any:
-    """A whole number from `low` to `high`; None: no limit."""
-    return option(default, partial(_check_whole, low=low, high=high), saved=saved)
+def whole(default: int | None, low: int = 0, high: int | None = None, *, saved: bool = False) -> Any:
+    """A whole number of at least `low`, or from `low` to `high`."""
+
+    def check(value: Any, what: str) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+            limits = f"of at least {low}" if high is None else f"from {low} to {high:,}"
+            raise UserError(f"{what} must be a whole number {limits}.")
+        return value
+
+    return option(default, check, saved=saved)
 
 
 def switch(default: bool | None) -> Any:
     """True or false."""
-    return option(default, _check_switch)
+
+    def check(value: Any, what: str) -> bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{what} must be true or false.")
+        return value
+
+    return option(default, check)
 
 
 def choice(default: str, *others: str, saved: bool = False, absent: str | None = None) -> Any:
@@ -55,7 +74,13 @@ def choice(default: str, *others: str, saved: bool = False, absent: str | None =
 
 def betas(first: float, second: float) -> Any:
     """Two decay rates in [0, 1)."""
-    return option((first, second), _check_betas)
+
+    def check(value: Any, what: str) -> tuple[float, ...]:
+        if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+            raise UserError(f"{what} must be two numbers.")
+        return tuple(check_number(beta, what + " (each of the two)", 0.0, 1.0, open_end=True) for beta in value)
+
+    return option((first, second), check)
 
 
 def check_number(value: Any, what: str, low: float = 0.0, high: float = math.inf, *, open_end: bool = False) -> float:
@@ -72,33 +97,6 @@ def check_choice(value: Any, what: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise UserError(f"{what} is unknown; choose one of {', '.join(choices)}.")
     return value
-
-
-def _check_positive(value: Any, what: str) -> float:
-    if check_number(value, what) == 0.0:
-        raise UserError(f"{what} must be more than 0: elements without a gradient would divide zero by zero.")
-    return float(value)
-
-
-def _check_whole(value: Any, what: str, low: int | None, high: int | None) -> int:
-    good = isinstance(value, int) and not isinstance(value, bool)
-    if not good or (low is not None and value < low) or (high is not None and value > high):
-        limits = "" if low is None else f" of at least {low}" if high is None else f" from {low} to {high:,}"
-        raise UserError(f"{what} must be a whole number{limits}.")
-    return value
-
-
-def _check_switch(value: Any, what: str) -> bool:
-    if not isinstance(value, bool):
-        raise UserError(f"{what} must be true or false.")
-    return value
-
-
-def _check_betas(value: Any, what: str) -> tuple[float, float]:
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
-        raise UserError(f"{what} must be two numbers.")
-    first, second = (check_number(beta, what + " (each of the two)", 0.0, 1.0, open_end=True) for beta in value)
-    return first, second
 
 
 def option_fields(options: type) -> dict[str, Field[Any]]:

@@ -18,16 +18,12 @@ Group = dict[str, Any]
 """A group of parameters as in `torch.optim.Optimizer.param_groups`, with the options of its rule"""
 
 
-@dataclass(frozen=True)
-class NoOptions:
-    """Of a rule that has none."""
-
-
 class Rule:
     """Update rule of a group. Rules hold no state of their own: everything is in `Group` and `State`.
 
-    A subclass gives its `Options`, a frozen dataclass (`nanochat.optim.options`), and the methods `init` and `step`.
-    A config's `rule:` names it by its dotted path, `mypackage.rules.MyRule`, or, in `nanochat.optim.rules`, by `name`.
+    A subclass gives its `Options` (see `nanochat.optim.options`), which become a frozen dataclass, and the methods
+    `init` and `step`. A config's `rule:` names it by its dotted path, `mypackage.rules.MyRule`, or, where it stands in
+    `nanochat.optim.rules`, by its `name`.
     """
 
     name: ClassVar[str]
@@ -35,11 +31,15 @@ class Rule:
     quantized: ClassVar[bool] = False
     """states are quantised: a gradient with NaN or Inf must never reach them"""
 
-    Options: ClassVar[type] = NoOptions
+    @dataclass(frozen=True)
+    class Options:
+        """None of its own."""
 
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):
             cls.name = f"{cls.__module__}.{cls.__qualname__}"
+        if "__dataclass_fields__" not in vars(cls.Options):  # a second time would lose the checks
+            dataclass(frozen=True)(cls.Options)
 
     def auto(self, device: torch.device) -> dict[str, Any]:
         """Option -> the value that `auto` stands for on a device."""

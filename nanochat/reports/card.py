@@ -21,6 +21,7 @@ from nanochat.console import clock_time
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, shown
 from nanochat.reports.curves import curve
+from nanochat.reports.loggers import log_summary
 from nanochat.run_folder import read_metrics
 
 log = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class RunReport:
             del content["compression"]
         if error is not None:
             content["error"] = f"{type(error).__name__}: {error}"
+        log_summary(trainer.loggers, content)
         try:
             with atomic_write(self.folder / "summary.json") as file:
                 file.write((json.dumps(content, indent=1) + "\n").encode())

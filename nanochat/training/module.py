@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from nanochat.checkpoint import CHECKPOINT_FORMAT
 from nanochat.config.features import build_objective, feature_nodes
 from nanochat.model import GPT, GPTConfig
+from nanochat.model.bitlinear import keep_trits
 from nanochat.objectives import IGNORED, NextToken, Objective, Step, linear_cross_entropy
 from nanochat.training.rng import get_rng_state, set_rng_state
 
@@ -187,6 +188,10 @@ class NanoChatModule(lightning.LightningModule):
         self.rate_scale = min(self.rate_scale, float(checkpoint["nanochat_run"].get("rate_scale", 1.0)))
 
     def on_train_start(self) -> None:
+        keep_trits(self, self.trainer.accumulate_grad_batches > 1)
         if self._rng_state is not None:
             set_rng_state(self._rng_state)
             self._rng_state = None
+
+    def on_train_end(self) -> None:
+        keep_trits(self, False)

@@ -179,6 +179,7 @@ def test_llama_cpp_names_the_type(kind, runs, llama, tmp_path):
         ({"weight_block": 64}, "q2_0"),
         ({"weight_block": 32}, "q4_0"),
         ({"weight_block": 0}, "tq2_0"),
+        ({"weight_block": "row"}, "tq2_0"),
     ],
 )
 def test_the_type_that_auto_takes(change, kind):
@@ -230,7 +231,10 @@ def test_names_the_option_that_does_not_fit(change, kind, embedding, message):
         export.check_type(dataclasses.replace(BASE, **change), kind, embedding)
 
 
-@pytest.mark.parametrize("change", [{"weight_block": 0}, {"weight_block": 512, "ffn_dim": 700}, {"weight_block": 32}])
+@pytest.mark.parametrize(
+    "change",
+    [{"weight_block": 0}, {"weight_block": "row"}, {"weight_block": 512, "ffn_dim": 700}, {"weight_block": 32}],
+)
 def test_other_grids_that_fit(change, runs, llama, tmp_path):
     config = GPTConfig(**{**vars(BASE), **change})
     gpt = random_gpt(config)

@@ -132,8 +132,8 @@ def our_heads(run, tokens):
     result = [gpt.logits(hidden)[0].numpy()]
     for i, head in enumerate(mtp.heads):
         for module in head.modules():
-            if hasattr(module, "int8"):
-                module.int8 = "none"
+            if hasattr(module, "activation_scale"):
+                module.activation_scale = "none"
         length = hidden.shape[1] - 1
         following = tokens[None, i + 1 : i + 1 + length]
         lane = gpt.lane(following)

@@ -11,8 +11,6 @@ from nanochat.optim import build
 from tests.optim.helpers import Net, config, reloaded, train
 
 SOURCE = """
-from dataclasses import dataclass
-
 from nanochat.optim import Rule
 from nanochat.optim.options import choice, number
 from nanochat.optim.rule import zeros_like
@@ -21,7 +19,6 @@ from nanochat.optim.rule import zeros_like
 class Sign(Rule):
     '''w <- w - lr sign(m), m <- b m + (1 - b) g.'''
 
-    @dataclass(frozen=True)
     class Options:
         momentum: float = number(0.9, 0.0, 1.0, open_end=True)
         form: str = choice("auto", "sign", "plain", saved=True)
@@ -101,6 +98,25 @@ def test_learns_and_resumes_bit_equal():
 def test_mistakes_are_named(rule, options, message):
     with pytest.raises(UserError, match=message):
         optimizer_of(Net(), rule, **options)
+
+
+@pytest.mark.parametrize("options", ["", "class Options(Muon.Options):\n        extra: float = 1.0"])
+@pytest.mark.parametrize("decorator", ["", "@dataclass(frozen=True)\n    "])
+def test_a_rule_may_extend_ours(tmp_path, options, decorator):
+    body = decorator + options if options else "pass"
+    source = (
+        f"from dataclasses import dataclass\nfrom nanochat.optim.rules.muon import Muon\nclass Own(Muon):\n    {body}\n"
+    )
+    (tmp_path / "own_package" / "extended.py").write_text(source)
+    net = Net()
+    optimizer = optimizer_of(net, "own_package.extended.Own", momentum=0.8)
+    group = next(group for group in optimizer.param_groups if group["name"] == "matrices")
+    assert (group["rule"], group["momentum"], group["ns_dtype"]) == ("own_package.extended.Own", 0.8, "float32")
+    assert group.get("extra") == (1.0 if options else None)
+    assert train(net, optimizer, 0, 20)[-1] < 4.0
+    for rule in ("own_package.extended.Own", "muon"):
+        with pytest.raises(UserError, match=r"momentum=2 must be a number in \[0, 1\)"):
+            optimizer_of(Net(), rule, momentum=2)
 
 
 def test_its_state_is_no_other_rule_s():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import is_dataclass
 from types import ModuleType
 
 from nanochat.errors import UserError, did_you_mean
@@ -47,6 +46,6 @@ def find_rule(name: object, where: str) -> Rule:
         raise UserError(
             f"{where}.rule={name}: {path} has no {class_name!r}{did_you_mean(class_name, _rules_of(module))}"
         )
-    if not isinstance(rule, type) or not issubclass(rule, Rule) or not is_dataclass(rule.Options):
-        raise UserError(f"{where}.rule={name} must be a subclass of nanochat.optim.Rule whose Options are a dataclass.")
+    if not isinstance(rule, type) or not issubclass(rule, Rule):
+        raise UserError(f"{where}.rule={name} must be a subclass of nanochat.optim.Rule.")
     return rule()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,7 +47,6 @@ class AdamW(Rule):
 
     name = "adamw"
 
-    @dataclass(frozen=True)
     class Options:
         """Decay rates of the moments, and what keeps the division finite."""
 

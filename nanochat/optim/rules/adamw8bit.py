@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -56,7 +54,6 @@ class AdamW8bit(KernelRule):
 
     name = "adamw8bit"
 
-    @dataclass(frozen=True)
     class Options(KernelRule.Options, AdamW.Options):
         """Those of AdamW, of blocks and of kernels."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -30,7 +28,6 @@ class Apollo(Rule):
 
     name = "apollo"
 
-    @dataclass(frozen=True)
     class Options:
         """Those of AdamW, of the projection, the factor on the update and the limiter."""
 

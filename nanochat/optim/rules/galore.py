@@ -84,7 +84,6 @@ class GaLore(Rule):
 
     name = "galore"
 
-    @dataclass(frozen=True)
     class Options(ProjectionOptions):
         """Those of the projection and of AdamW."""
 
@@ -166,7 +165,6 @@ class GaLore8bit(GaLore):
     name = "galore8bit"
     quantized = True
 
-    @dataclass(frozen=True)
     class Options(GaLore.Options, Options8bit):
         """Those of GaLore and of blocks."""
 
@@ -200,7 +198,6 @@ class GaLoreMuon8bit(GaLore):
     name = "galore-muon8bit"
     quantized = True
 
-    @dataclass(frozen=True)
     class Options(ProjectionOptions, MuonOptions, Options8bit):
         """Those of the projection, of Muon and of blocks."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -27,7 +25,6 @@ class Lion(Rule):
 
     name = "lion"
 
-    @dataclass(frozen=True)
     class Options:
         """Weights of the momentum in the update and in the next momentum."""
 
@@ -49,7 +46,6 @@ class Lion8bit(KernelRule):
 
     name = "lion8bit"
 
-    @dataclass(frozen=True)
     class Options(KernelRule.Options, Lion.Options):
         """Those of Lion, of blocks and of kernels."""
 

@@ -68,7 +68,6 @@ class Muon(Rule):
 
     name = "muon"
 
-    @dataclass(frozen=True)
     class Options(MuonOptions):
         """Those of Muon."""
 
@@ -217,7 +216,6 @@ class Muon8bit(Muon):
     name = "muon8bit"
     quantized = True
 
-    @dataclass(frozen=True)
     class Options(MuonOptions, Options8bit):
         """Those of Muon and of blocks."""
 

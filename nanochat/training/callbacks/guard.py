@@ -64,6 +64,7 @@ class NonFiniteGuard(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if bool(torch.isfinite(pl_module.gradient_norm())):  # type: ignore[operator]
             self.streak = 0
+            optimizer.skip_next = False  # saves quantised states a look at the gradients, and a host sync
             return
         optimizer.skip_next = True
         self.streak += 1

@@ -48,8 +48,7 @@ class Throughput(StepCallback):
         self._flops_per_token = flops_per_token(pl_module.gpt)  # type: ignore[arg-type]
         device = pl_module.device
         if device.type == "cuda":
-            name = torch.cuda.get_device_name(device)
-            self._peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+            self._peak = peak_flops(torch.cuda.get_device_name(device))
             torch.cuda.reset_peak_memory_stats(device)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,6 +81,11 @@ class Throughput(StepCallback):
 
 def _wait_seconds(trainer: Trainer) -> float:
     return float(getattr(trainer.train_dataloader, "wait_seconds", 0.0))
+
+
+def peak_flops(name: str) -> float | None:
+    """Operations per second of a GPU by its name; None of an unknown one."""
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def flops_per_token(gpt: Any) -> float:
