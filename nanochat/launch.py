@@ -22,6 +22,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from nanochat import run_lock
 from nanochat.compat import job_error
 from nanochat.config.check import Checked, check
 from nanochat.config.compose import check_overrides, hydra_settings
@@ -77,9 +78,10 @@ class Hooks(Callback):
                 _launch.made = [path for path in (folder, *folder.parents) if not path.exists()]
                 _launch.checked = check(cfg)
                 _check_folder(folder)
+                run_lock.check_free(folder, try_later=cfg.ckpt_path == "auto")
         except UserError as error:
             print_error(error)
-            raise SystemExit(2) from error
+            raise SystemExit(error.exit_code) from error
         except Exception as error:
             traceback.print_exc()
             raise SystemExit(1) from error
@@ -157,15 +159,16 @@ def _task(cfg: DictConfig) -> float | None:
         if folder in _launch.made:
             _discard(folder)
         print_error(error)
-        raise SystemExit(2) from error
+        raise SystemExit(error.exit_code) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train what the command line says; `train.py` and `nanochat train`.
 
     Returns:
-        0 done; 2 the user's mistake, in one sentence on stderr; 1 anything else; 130 interrupted. In a sweep
-        every job has its turn, and the code is 2 when all failures were the user's mistakes.
+        0 done; 2 the user's mistake, in one sentence on stderr; 75 another process trains in the folder, under
+        ckpt_path=auto; 1 anything else, a run that diverged too; 130 interrupted. In a sweep every job has its turn,
+        and the code is 2 when all failures were the user's mistakes.
 
     Raises:
         SystemExit: with the same meaning, from inside of a run (143 after SIGTERM).
@@ -187,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if not _launch.jobs:
             print_error(error)
-            return 2
+            return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has left, as in `train.py --cfg job | head`
