@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nanochat.config.hydra_errors import explain
-from nanochat.config.schema import CONF, DEFAULTS, group_options, search_path
+from nanochat.config.schema import CONF, DEFAULTS, NODE_GROUPS, group_options, search_path
 from nanochat.errors import did_you_mean
 
 COMPOSING = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError)
@@ -117,7 +117,10 @@ class Overrides:
         elif sum(o.get_key_element() == override.get_key_element() for o in self._groups) > 1:
             text = f"{group} is chosen more than once; choose one option."
         else:
-            for value in _values(override):
+            values = _values(override)
+            if group in NODE_GROUPS:  # of named nodes, so that several options make one mapping
+                values = [item for value in values for item in (value if isinstance(value, list) else [value])]
+            for value in values:
                 if isinstance(value, list):
                     text = f"this would merge several options of one group; choose one, or sweep with -m {bare}=A,B."
                 elif value is None or value == "":
