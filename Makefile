@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test lint bench clean
+.PHONY: install train test lint browser bench clean
 
 install: $(STAMP)
 
@@ -16,13 +16,19 @@ $(STAMP): pyproject.toml constraints.txt
 train: install
 	$(BIN)/python train.py experiment=tiny
 
-test: install lint
+test: install lint browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Chromium for the tests of the chat page; without one they are skipped, but not in CI
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+		|| { apt-get update -qq && apt-get install -y -qq chromium; } || test -z "$$CI"
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 bench: install
 	$(BIN)/nanochat bench step

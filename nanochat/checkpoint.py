@@ -8,7 +8,10 @@ own (an MTP head) under `objectives.`. Neither Hydra nor Lightning is needed to 
 from __future__ import annotations
 
 import functools
+import io
+import logging
 import os
+import pickletools
 import re
 import textwrap
 import zipfile
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nanochat import run_lock
 from nanochat.errors import UserError
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
@@ -30,11 +34,21 @@ from nanochat.run_folder import find_checkpoint
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 CHECKPOINT_FORMAT = 1
 """value of a checkpoint's `nanochat_format` key; a reader refuses greater ones"""
 
 GPT_PREFIX = "gpt."
 OBJECTIVES_PREFIX = "objectives."
+
+PICKLE_HEAD = 1 << 20
+"""bytes of a bare pickle that are looked through for code"""
+TENSOR_NAMES = re.compile(r"torch\._utils\._rebuild_\w+|torch\.\w*Storage|collections\.OrderedDict")
+"""what a bare pickle of tensors refers to, as torch wrote it before its archives"""
+
+_warned: set[Path] = set()
+"""folders of runs that were said to be still running"""
 
 
 @dataclass
@@ -80,11 +94,7 @@ def read_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a pickle can make the unpickler raise anything
-        if names := _code_in(path):
-            raise UserError(
-                f"{path} is refused: it holds code ({', '.join(names)}), which no checkpoint of nanochat does; nothing "
-                "of it was executed."
-            ) from error
+        _refuse_code(path)
         raise DamagedCheckpointError(
             f"{path} is truncated, damaged, or not a nanochat checkpoint: {_first_sentence(error)}"
         ) from error
@@ -109,7 +119,7 @@ def check_whole(path: str | Path) -> None:
 
     Raises:
         DamagedCheckpointError: a checksum does not match, or the file is not a whole archive.
-        UserError: the file cannot be opened.
+        UserError: the file cannot be opened, or is a bare pickle that holds code.
     """
     try:
         found = os.stat(path)
@@ -117,6 +127,7 @@ def check_whole(path: str | Path) -> None:
     except Exception as error:  # damaged headers can make the reader raise anything
         if isinstance(error, OSError) and error.strerror:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        _refuse_code(path)
         raise DamagedCheckpointError(f"{path} is truncated, damaged, or not a nanochat checkpoint.") from error
     if damaged is not None:
         raise DamagedCheckpointError(f"{path} is damaged: the checksum of {damaged} does not match.")
@@ -125,15 +136,47 @@ def check_whole(path: str | Path) -> None:
 @functools.lru_cache(maxsize=64)
 def _damaged_record(path: str, *_identity: int) -> str | None:
     with zipfile.ZipFile(path) as archive:
+        if not any(record.CRC for record in archive.infolist()):  # torch.serialization.set_crc32_options(False)
+            log.warning("%s has no checksums: damage in it would go unnoticed.", path)
+            return None
         return archive.testzip()
 
 
+def _refuse_code(path: str | Path) -> None:
+    """Raise `UserError` when the file is a pickle that would call or make more than tensors and plain values."""
+    if names := _code_in(path):
+        raise UserError(f"{path} holds code ({', '.join(names)}); refused, and nothing of it was executed.")
+
+
 def _code_in(path: str | Path) -> list[str]:
-    """What a pickle would call or make, beyond tensors and plain values (at most three names)."""
+    """At most three names."""
     try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:3]
+        if zipfile.is_zipfile(path):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:3]
+        with open(path, "rb") as file:
+            head = file.read(PICKLE_HEAD)
     except Exception:  # not even a pickle
         return []
+    return [name for name in _names_in_pickles(head) if not TENSOR_NAMES.fullmatch(name)][:3]
+
+
+def _names_in_pickles(content: bytes) -> list[str]:
+    """The dotted names that bare pickles, one after the other, refer to; their opcodes are read, none is executed."""
+    names: list[str] = []
+    texts: list[str] = []
+    file = io.BytesIO(content)
+    try:
+        while not content.startswith(b"PK"):  # half an archive is none
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name in ("GLOBAL", "INST"):
+                    names.append(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":  # of the last two texts
+                    names.append(".".join(texts[-2:]))
+                elif isinstance(argument, str):
+                    texts.append(argument)
+    except Exception:  # cut off, at the end, or not a pickle
+        pass
+    return [name for name in dict.fromkeys(names) if re.fullmatch(r"\w+(\.\w+)+", name)]
 
 
 def build_gpt(config: GPTConfig, weights: dict[str, Tensor], source: str | Path = "the weights") -> GPT:
@@ -165,7 +208,7 @@ def build_gpt(config: GPTConfig, weights: dict[str, Tensor], source: str | Path 
 
 
 def load_run(path: str | Path, which: str | int = "last", device: str | torch.device = "cpu") -> Run:
-    """Read a trained model.
+    """Read a trained model; a warning says so when its run is still training.
 
     Args:
         path: a run folder, a link to one (`outputs/latest`), or a `.ckpt` file.
@@ -195,7 +238,17 @@ def load_run(path: str | Path, which: str | int = "last", device: str | torch.de
         "step": checkpoint.get("global_step", 0),
         "hyper_parameters": checkpoint.get("hyper_parameters", {}),
     }
+    _warn_if_running(folder, meta)
     return Run(folder, checkpoint_path, gpt, config, objectives, meta)
+
+
+def _warn_if_running(folder: Path, meta: dict[str, Any]) -> None:
+    """Once for each run in a process: a model of few steps is easily taken for the finished one."""
+    if folder.resolve() in _warned or run_lock.holder(folder) is None:
+        return
+    _warned.add(folder.resolve())
+    steps = ((meta["hyper_parameters"].get("cfg") or {}).get("trainer") or {}).get("max_steps", "?")
+    log.warning("%s is still running: this is step %s of %s.", folder, meta["step"], steps)
 
 
 def _shape(tensor: Tensor) -> str:

@@ -21,7 +21,7 @@ from lightning import LightningModule, Trainer
 from nanochat.config.compose import compose
 from nanochat.console import Parser, seconds
 from nanochat.data.random_tokens import RandomTokens
-from nanochat.device import find_device
+from nanochat.device import find_device, has_int8_products, matmul_dtype, product_speeds
 from nanochat.reports.table import show
 from nanochat.run import build_trainer, quieten, settle
 from nanochat.training.callbacks.base import StepCallback
@@ -32,6 +32,8 @@ EXTRAS = {
     "gguf": "export to GGUF",
     "safetensors": "export to safetensors",
     "wandb": "logger=wandb",
+    "tensorboard": "logger=tensorboard",
+    "mlflow-skinny": "logger=mlflow",
     "bitsandbytes": "8-bit optimizer kernels on CUDA",
 }
 SMOKE_SECONDS = 5.0
@@ -61,6 +63,24 @@ def device(plain: dict[str, Any]) -> str:
     elif where.type == "cpu":
         name = f"cpu: {torch.get_num_threads()} threads"
     return f"{name}, {plain['trainer']['precision']}{', compiled' if plain['compile'] else ''}"
+
+
+def products() -> dict[str, Any]:
+    """What the probe of `nanochat.device` finds: Gop/s of matrix products by dtype (on a CPU), and what a run makes of
+    it: whether `precision=auto` computes in bfloat16, and whether int8 products are used."""
+    where = find_device()
+    return {
+        "gops": {name: round(speed, 1) for name, speed in product_speeds(where).items()} if where.type == "cpu" else {},
+        "bfloat16": matmul_dtype(where) == torch.bfloat16,
+        "int8": has_int8_products(where),
+    }
+
+
+def products_in_words(found: dict[str, Any]) -> str:
+    """`products()` in one line."""
+    speeds = "".join(f"{name} {speed:,.0f} Gop/s, " for name, speed in found["gops"].items())
+    used = (f"{name} is {'' if found[name] else 'not '}used" for name in ("bfloat16", "int8"))
+    return speeds + ", ".join(used)
 
 
 def compiler() -> str:
@@ -171,6 +191,7 @@ def main(argv: list[str]) -> int:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "device": device(plain),
+        "matrix products": products(),
         "compile": compiler(),
         "huge pages for torch": "on" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "off",
         "outputs/ can be written": _try(lambda: writable(Path("outputs").absolute())),
@@ -186,7 +207,8 @@ def main(argv: list[str]) -> int:
     if options.json:
         print(json.dumps({**found, "ok": well}, indent=2))
         return 0 if well else 1
-    rows = [[key, value] for key, value in found.items() if isinstance(value, str)]
+    lines = {**found, "matrix products": products_in_words(found["matrix products"])}
+    rows = [[key, value] for key, value in lines.items() if isinstance(value, str)]
     for package, version in found["versions"].items():
         hint = f"missing: needed for {EXTRAS[package]}" if version == "missing" and package in EXTRAS else version
         rows.append([package, hint])

@@ -10,6 +10,19 @@ from collections.abc import Iterable, Sequence
 class UserError(Exception):
     """Something the user gave (a file, an option, a machine) cannot be used; the message says which and what to do."""
 
+    exit_code = 2
+    """of the command that ends with it"""
+
+
+class InUseError(UserError):
+    """Another process uses the folder."""
+
+
+class DivergedError(UserError):
+    """A run came to its end, but not to a model that can be used."""
+
+    exit_code = 1
+
 
 class ConfigError(UserError):
     """One or more problems of a configuration, gathered before anything is built.

@@ -8,7 +8,7 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from nanochat import run_lock
 from nanochat.compat import job_error
 from nanochat.config.check import Checked, check
 from nanochat.config.compose import check_overrides, hydra_settings
 from nanochat.config.hydra_errors import explain
 from nanochat.config.overrides import COMPOSING, RESUME, Overrides
-from nanochat.config.renamed import rename_targets
+from nanochat.config.saved import SavedConfig
 from nanochat.config.schema import CONF, sweep_folder
 from nanochat.errors import UserError, did_you_mean, print_error
 from nanochat.files import quoted
@@ -42,6 +43,8 @@ LEAVINGS = {
     "multirun.yaml",
     "summary.json",
     "wandb",
+    "tensorboard",
+    "mlruns",
 }
 """what a run or sweep that never got as far as training may have written"""
 
@@ -75,9 +78,10 @@ class Hooks(Callback):
                 _launch.made = [path for path in (folder, *folder.parents) if not path.exists()]
                 _launch.checked = check(cfg)
                 _check_folder(folder)
+                run_lock.check_free(folder, try_later=cfg.ckpt_path == "auto")
         except UserError as error:
             print_error(error)
-            raise SystemExit(2) from error
+            raise SystemExit(error.exit_code) from error
         except Exception as error:
             traceback.print_exc()
             raise SystemExit(1) from error
@@ -155,15 +159,16 @@ def _task(cfg: DictConfig) -> float | None:
         if folder in _launch.made:
             _discard(folder)
         print_error(error)
-        raise SystemExit(2) from error
+        raise SystemExit(error.exit_code) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train what the command line says; `train.py` and `nanochat train`.
 
     Returns:
-        0 done; 2 the user's mistake, in one sentence on stderr; 1 anything else; 130 interrupted. In a sweep
-        every job has its turn, and the code is 2 when all failures were the user's mistakes.
+        0 done; 2 the user's mistake, in one sentence on stderr; 75 another process trains in the folder, under
+        ckpt_path=auto; 1 anything else, a run that diverged too; 130 interrupted. In a sweep every job has its turn,
+        and the code is 2 when all failures were the user's mistakes.
 
     Raises:
         SystemExit: with the same meaning, from inside of a run (143 after SIGTERM).
@@ -172,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _launch = _Launch()
     before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     try:
-        flags, overrides = split(resume(list(sys.argv[1:] if argv is None else argv)))
+        words, check_saved = resume(list(sys.argv[1:] if argv is None else argv))
+        flags, overrides = split(words)
+        check_saved()
         sys.argv = [before[0], *flags, *overrides]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands us its errors instead of printing them
         try:
@@ -183,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if not _launch.jobs:
             print_error(error)
-            return 2
+            return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has left, as in `train.py --cfg job | head`
@@ -242,40 +249,36 @@ def raise_unless_reported(error: Exception) -> None:
         raise error
 
 
-def resume(words: list[str]) -> list[str]:
+def resume(words: list[str]) -> tuple[list[str], Callable[[], None]]:
     """Turn `--resume RUN` into the arguments for Hydra that continue RUN with its own configuration.
 
     The saved config.yaml (every value resolved) takes the place of the groups, so that neither later changes of
     conf/ nor the machine's `auto` change the run; further overrides of its values work.
 
+    Returns:
+        the arguments, and a check that imports what the saved configuration names, for when they are known to be right.
+
     Raises:
-        UserError: RUN is missing or is not a run folder.
+        UserError: RUN is missing, is not a run folder, or names what only `--trust` allows.
     """
-    place = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--resume"), None)
+    rest, trusted = [word for word in words if word != "--trust"], "--trust" in words
+    place = next((i for i, word in enumerate(rest) if word.partition("=")[0] == "--resume"), None)
     if place is None:
-        return words
-    _, equals, name = words[place].partition("=")
-    if not equals and len(words) == place + 1:
+        if trusted:
+            raise UserError("--trust believes what a run folder's config.yaml says; it goes with --resume RUN.")
+        return words, lambda: None
+    _, equals, name = rest[place].partition("=")
+    if not equals and len(rest) == place + 1:
         raise UserError("--resume needs the run folder, such as --resume outputs/latest.")
-    name = name if equals else words[place + 1]
-    rest = words[:place] + words[place + (1 if equals else 2) :]
+    name = name if equals else rest[place + 1]
+    rest = rest[:place] + rest[place + (1 if equals else 2) :]
     if {"-m", "--multirun"} & set(rest):
         raise UserError("--resume continues one run; it does not go with --multirun.")
     folder = Path(name).resolve()
     if not folder.is_dir():
         raise UserError(f"--resume {name}: there is no such run folder.")
-    ConfigStore.instance().store(name="saved_run", node=_saved(folder, name), package="_global_")
-    return ["--config-name", RESUME, f"hydra.run.dir={quoted(folder)}", "ckpt_path=last", *rest]
-
-
-def _saved(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / "config.yaml"
-    try:
-        saved = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except FileNotFoundError as error:
-        raise UserError(f"--resume {name}: it has no config.yaml, so it is not the folder of a run.") from error
-    except Exception as error:
-        raise UserError(f"--resume {name}: its config.yaml cannot be read: {error}.") from error
-    if not isinstance(saved, dict) or "model" not in saved:
-        raise UserError(f"--resume {name}: its config.yaml is not the configuration of a run.")
-    return rename_targets({str(key): value for key, value in saved.items()})
+    config = SavedConfig(folder, name, rest, trusted)
+    saved = config.read()
+    ConfigStore.instance().store(name="saved_run", node=saved, package="_global_")
+    words = ["--config-name", RESUME, f"hydra.run.dir={quoted(folder)}", "ckpt_path=last", *rest]
+    return words, lambda: config.check_types(saved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from nanochat import run_lock
 from nanochat.config.check import Checked, check
 from nanochat.config.features import feature_nodes
 from nanochat.config.vocabulary import build_data, fit_vocabulary
 from nanochat.data import DataModule
 from nanochat.device import default_precision, find_device, has_int8_products
-from nanochat.errors import UserError
+from nanochat.errors import DivergedError, UserError
 from nanochat.files import atomic_write
 from nanochat.model.config import int8_fits
 from nanochat.reports.card import RunReport
+from nanochat.reports.loggers import build_loggers, close_loggers
 from nanochat.training.callbacks.guard import NonFiniteError
+from nanochat.training.callbacks.header import Header
 from nanochat.training.callbacks.pending_validation import PendingValidation
 from nanochat.training.callbacks.progress import ProgressBar
 from nanochat.training.callbacks.time_limit import TimeLimit
@@ -48,6 +52,8 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
     Raises:
         ConfigError, UserError: before anything is built or written, or when the data, the machine or a checkpoint
             cannot be used.
+        InUseError: another process trains in the folder.
+        DivergedError: the last validation's loss is not finite.
         SystemExit: 130 or 143, when a signal ended the run after it was saved.
     """
     checked = cfg if isinstance(cfg, Checked) else check(cfg)
@@ -62,20 +68,25 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
     data.setup("fit")
     fit_vocabulary(plain, data)
     model_config(plain)  # an impossible network is refused before anything is written
-    checkpoint = checkpoint_to_resume(folder, plain["ckpt_path"])
-    if checkpoint is not None:
-        check_resume(checkpoint, plain)
-    write_run_files(folder, plain, data)
+    with run_lock.hold(folder, try_later=plain["ckpt_path"] == "auto"):
+        checkpoint = checkpoint_to_resume(folder, plain["ckpt_path"])
+        if checkpoint is not None:
+            check_resume(checkpoint, plain)
+        write_run_files(folder, plain, data)
+        return fit(folder, plain, data, checkpoint)
 
-    report = RunReport(folder, plain, data)
+
+def fit(folder: Path, plain: dict[str, Any], data: DataModule, checkpoint: Path | None) -> dict[str, float]:
+    """Train from a checkpoint, or from the start, to the report; returns and raises as `train`."""
+    report, header = RunReport(folder, plain, data), Header(plain, data)
     trainer: Trainer | None = None
     loggers: list[Any] = []
     rate_scale = 1.0
     try:
-        loggers = build_loggers(plain)
+        loggers = build_loggers(plain, folder)
         while True:
             module = NanoChatModule(plain, rate_scale)
-            trainer = build_trainer(plain, folder, loggers)
+            trainer = build_trainer(plain, folder, loggers, header)
             try:
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
                 break
@@ -86,6 +97,7 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
                 data = build_data(plain)
         if trainer.enable_validation and module.validated_at != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
+        check_finite(trainer)
         return report.finish(trainer, module)
     except SystemExit as error:
         report.abort(trainer, error)
@@ -97,6 +109,17 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
         raise
     finally:
         clean_up(loggers)
+
+
+def check_finite(trainer: Trainer) -> None:
+    """Raise `DivergedError` when the last validation's loss is not finite."""
+    for name in ("val/bpb", "val/loss"):
+        value = float(trainer.callback_metrics.get(name, 0.0))
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"training has diverged: {name} is {value} at step {trainer.global_step}; lower optim.lr, lengthen "
+                "schedule.warmup_steps, or set trainer.gradient_clip_val."
+            )
 
 
 def quieten() -> None:
@@ -145,8 +168,8 @@ def write_run_files(folder: Path, plain: dict[str, Any], data: DataModule) -> No
         raise UserError(f"the run folder {folder} cannot be written: {error.strerror}.") from error
 
 
-def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any]) -> Trainer:
-    """The Trainer with the configured callbacks, and the features that are callbacks."""
+def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any], *first: Callback) -> Trainer:
+    """The Trainer with the callbacks that come first, the configured ones, and the features that are callbacks."""
     nodes = [*(plain.get("callbacks") or {}).values(), *feature_nodes(plain, Callback).values()]
     options = dict(plain["trainer"])
     bar, limit = options.pop("enable_progress_bar", True), options.pop("max_time", None)
@@ -157,7 +180,7 @@ def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any]) -> Tr
     if not bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     # the time limit comes before what saves, a pending validation after what records it
-    callbacks = [*([TimeLimit(limit)] if limit else []), *callbacks, PendingValidation()]
+    callbacks = [*first, *([TimeLimit(limit)] if limit else []), *callbacks, PendingValidation()]
     return instantiate(
         options,
         callbacks=callbacks,
@@ -169,43 +192,12 @@ def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any]) -> Tr
     )
 
 
-def build_loggers(plain: dict[str, Any]) -> list[Any]:
-    """The configured loggers, started, so that a missing account or network is found before the first step."""
-    loggers = []
-    for name, node in (plain.get("logger") or {}).items():
-        if not node:
-            continue
-        try:
-            logger = instantiate(node)
-            _ = logger.experiment
-        except ModuleNotFoundError as error:
-            raise UserError(f"logger={name} needs a package that is not installed: {error.name or error}.") from error
-        except Exception as error:
-            if not str(node["_target_"]).endswith("WandbLogger"):
-                raise
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"Weights & Biases cannot be used ({reason[:200]}): log in with `wandb login`, or say "
-                "logger.wandb.offline=true, which needs neither an account nor a network."
-            ) from error
-        if hasattr(logger, "log_hyperparams"):
-            logger.log_hyperparams({"cfg": plain})
-        loggers.append(logger)
-    return loggers
-
-
 def clean_up(loggers: list[Any]) -> None:
     """Leave nothing of this run behind for the next job of a sweep, which shares the process.
 
     Only log what goes wrong: the run's own exception must propagate.
     """
-    for logger in loggers:
-        if type(logger).__name__ == "WandbLogger":
-            try:
-                logger.experiment.finish()
-            except Exception as error:
-                reason = " ".join(str(error).split())
-                log.warning("Weights & Biases could not be closed (%s: %s).", type(error).__name__, reason[:200])
+    close_loggers(loggers)
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():

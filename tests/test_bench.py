@@ -50,7 +50,7 @@ def test_step(capsys):
         (["--presets", "tiny", "trainer.precision=64-true"], "precision=64-true.* 32-true or bf16-mixed"),
     ],
 )
-def test_step_s_mistakes(words, said):
+def test_mistakes_of_bench_step(words, said):
     with pytest.raises(UserError, match=said):
         step.main([*words, "--no-lightning"])
 
@@ -114,9 +114,22 @@ def lightning_run(monkeypatch, *overrides):
     return step.bench_lightning(cfg, batch=1, steps=2, rounds=1), seen[0]
 
 
-def test_lightning_s_share(monkeypatch):
+def test_the_share_of_lightning(monkeypatch):
+    """On a clock on which a bare step takes 2 s, and what the Trainer does takes 3 s more."""
+    now, bare_step = [0.0], step.bare_step
+
+    def timed(*inputs):
+        now[0] += 2.0
+        return bare_step(*inputs)
+
+    def start(module, batch, batch_idx):
+        now[0] += 5.0
+
+    monkeypatch.setattr(step, "clock", lambda: now[0])
+    monkeypatch.setattr(step, "bare_step", timed)
+    monkeypatch.setattr(step.NanoChatModule, "on_train_batch_start", start)
     figures, trainer = lightning_run(monkeypatch)
-    assert 0.3 < figures["lightning_ratio"] < 30
+    assert figures == {"bare_step_seconds": 2.0, "lightning_ratio": 2.5}
     assert {NonFiniteGuard, Throughput, MetricsCSV} < {type(callback) for callback in trainer.callbacks}
     assert not {Checkpoint, TextSampler, LossPlot} & {type(callback) for callback in trainer.callbacks}
     assert trainer.global_step == 4

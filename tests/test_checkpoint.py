@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pickle
 import shutil
 
 import pytest
@@ -14,6 +16,7 @@ from nanochat.checkpoint import load_run
 from nanochat.errors import UserError
 from nanochat.model import GPTConfig
 from nanochat.run_folder import find_checkpoint
+from nanochat.training.checkpoint_io import WholeFileIO
 from tests.inference.helpers import random_gpt, write_run
 from tests.runs import same
 
@@ -88,17 +91,50 @@ def test_refuses_a_newer_format_and_other_files(run):
         load_run(run)
 
 
-def test_code_is_refused_by_its_name(run):
-    import os
+@pytest.mark.parametrize("form", ["archive", "torch before archives", 0, 1, 2, 4, 5])
+def test_code_is_refused_by_its_name(run, form):
+    """Whatever a pickle is wrapped in, and of whichever protocol."""
 
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {run}/owned",)
 
-    torch.save({"state_dict": {"gpt.x": Evil()}}, run / "checkpoints" / "last.ckpt")
-    with pytest.raises(UserError, match=r"it holds code \(posix\.system\)[^\n]* nothing of it was executed\.$"):
+    path, content = run / "checkpoints" / "last.ckpt", {"state_dict": {"gpt.x": torch.ones(2), "gpt.y": Evil()}}
+    if isinstance(form, int):
+        path.write_bytes(pickle.dumps({"state_dict": Evil()}, protocol=form))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "archive")
+    sentence = r"last\.ckpt holds code \(posix\.system\); refused, and nothing of it was executed\.$"
+    with pytest.raises(UserError, match=sentence):
         load_run(run)
     assert not (run / "owned").exists()
+
+
+def test_tensors_without_an_archive_are_not_called_code(run):
+    torch.save({"state_dict": {}}, run / "checkpoints" / "last.ckpt", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"is truncated, damaged, or not a nanochat checkpoint\.$"):
+        load_run(run)
+
+
+def test_a_checkpoint_without_checksums_loads_with_a_warning(run, caplog):
+    torch.serialization.set_crc32_options(False)
+    try:
+        write_run(run, random_gpt(TINY))
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(load_run(run).gpt.embedding.weight, random_gpt(TINY).embedding.weight)
+    assert "has no checksums: damage in it would go unnoticed." in caplog.text
+
+
+def test_4_kb_overwritten_anywhere_are_noticed(run):
+    """By every reader: all of them come through load_run or the Trainer's CheckpointIO."""
+    _, path = find_checkpoint(write_run(run, random_gpt(GPTConfig(**{**vars(TINY), "dim": 64}))))
+    whole = path.read_bytes()
+    for start in range(0, len(whole) - 4096, 2048):
+        path.write_bytes(whole[:start] + bytes(b ^ 0x55 for b in whole[start : start + 4096]) + whole[start + 4096 :])
+        for read in (lambda: load_run(run), lambda: WholeFileIO().load_checkpoint(path)):
+            with pytest.raises(UserError, match="damaged"):
+                read()
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99, -1])
@@ -124,7 +160,7 @@ def test_a_changed_tensor_is_noticed(run):
     load_run(run)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_flipped_bytes_are_noticed_or_change_nothing(run, data):
     _, path = find_checkpoint(run)

@@ -17,9 +17,10 @@ import pytest
 
 import nanochat.cli
 from nanochat.errors import UserError
-from nanochat.studies import cli as compare
-from nanochat.studies import runner as paired
-from nanochat.studies.runner import STUDENT, Comparison, Result, difference, interval, merged, verdict
+from nanochat.reports.table import Table
+from nanochat.studies import cli, runner
+from nanochat.studies.runner import merged
+from nanochat.studies.statistics import STUDENT, Comparison, Result, difference, interval, verdict
 from tests import runs
 
 
@@ -75,9 +76,9 @@ def test_pairs_steps_and_equal_time(monkeypatch, tmp_path):
         # the machine is ten times slower for the second seed, in both arms alike
         return Result(folder, 2.0 + seed + 0.25 * slow, (1.25 if slow else 1.0) * (10.0 if seed else 1.0), 8)
 
-    monkeypatch.setattr(paired, "train", train)
+    monkeypatch.setattr(runner, "train", train)
     arms = {"plain": [], "a b/c": ["+mtp=on"]}
-    found = paired.compare(["model=tiny"], arms, tmp_path, steps=100, seeds=2, jobs=1, timed=["a b/c"])
+    found = runner.compare(["model=tiny"], arms, tmp_path, steps=100, seeds=2, jobs=1, timed=["a b/c"])
     assert [entry for entry in started if entry[2] == 100] == [
         (("model=tiny", "seed=0"), "steps-plain-0", 100),
         (("model=tiny", "+mtp=on", "seed=0"), "steps-a_b_c-0", 100),
@@ -86,11 +87,11 @@ def test_pairs_steps_and_equal_time(monkeypatch, tmp_path):
     ]
     assert [entry[1:] for entry in started if entry[2] != 100] == [("time-a_b_c-0", 80), ("time-a_b_c-1", 80)]
     assert found.step_ratio("a b/c") == 1.25
-    (_, headings, rows), (title, _, timed) = found.tables()
-    assert headings == ["arm", "step / plain", "optimizer MB", "bits per byte", "difference", "verdict"]
-    assert rows[1] == ["a b/c", "1.250", "0.00", "2.7500", "+0.2500 ± 0.0000", "worse"]
-    assert title == "the same time"
-    assert [row[:2] for row in timed] == [["plain", "100"], ["a b/c", "80"]]
+    steps, timed = found.tables()
+    assert steps.headings == ["arm", "step / plain", "optimizer MB", "bits per byte", "difference", "verdict"]
+    assert steps.rows[1] == ["a b/c", "1.250", "0.00", "2.7500", "+0.2500 ± 0.0000", "worse"]
+    assert timed.title == "the same time"
+    assert [row[:2] for row in timed.rows] == [["plain", "100"], ["a b/c", "80"]]
     assert found.markdown().count("| a b/c |") == 2
     assert found.figures()["arms"]["a b/c"]["timed_bpb"] == [2.25, 3.25]
 
@@ -105,9 +106,9 @@ def test_the_first_failure_ends_the_others(monkeypatch, tmp_path):
         release.wait(5)
         raise AssertionError("a run was started after the failure")
 
-    monkeypatch.setattr(paired, "train", train)
+    monkeypatch.setattr(runner, "train", train)
     with pytest.raises(UserError, match="too short"):
-        paired.compare([], {"plain": [], "b": ["x=1"]}, tmp_path, steps=5, seeds=9, jobs=1)
+        runner.compare([], {"plain": [], "b": ["x=1"]}, tmp_path, steps=5, seeds=9, jobs=1)
     assert len(begun) <= 2  # the pool may have taken one more before it heard of it
 
 
@@ -158,14 +159,14 @@ def test_a_run_cut_short_is_no_result(tmp_path, capsys):
 def test_what_every_arm_is(monkeypatch):
     """The techniques that are compared when none is named, on Muon's default run and on AdamW's."""
     seen = []
-    monkeypatch.setattr(compare, "compare", lambda *a: seen.append(a) or Comparison(a[3], {}))
-    monkeypatch.setattr(Comparison, "tables", lambda self: iter([("", ["arm"], [])]))
+    monkeypatch.setattr(cli, "compare", lambda *a: seen.append(a) or Comparison(a[3], {}))
+    monkeypatch.setattr(Comparison, "tables", lambda self: iter([Table("", ["arm"], [])]))
     monkeypatch.setattr(Comparison, "markdown", lambda self: "")
     for base in ([], ["optim=adamw"]):
-        assert compare.main([*base, "--steps", "50", "--out", "outputs"]) == 0
+        assert cli.main([*base, "--steps", "50", "--out", "outputs"]) == 0
     muon, adamw = (list(call[1]) for call in seen)
-    assert muon == ["plain", *compare.TECHNIQUES]
-    assert adamw == ["plain", *compare.TECHNIQUES[1:]]
+    assert muon == ["plain", *cli.TECHNIQUES]
+    assert adamw == ["plain", *cli.TECHNIQUES[1:]]
     assert [call[3] for call in seen] == [50, 50]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nanochat.cli
-from nanochat import doctor
+from nanochat import device, doctor
 from nanochat.model import GPT
 from nanochat.training.module import NanoChatModule
 
@@ -27,6 +27,29 @@ def test_a_sound_machine(capsys, monkeypatch):
     assert len(steps) == said["smoke test"]["steps"] == doctor.LEAST
     assert said["smoke test"]["last_loss"] < said["smoke test"]["first_loss"]
     assert said["smoke test"]["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_the_probe_is_printed(units, capsys, monkeypatch):
+    """With the speeds of a machine that has units for bfloat16 and int8, or has them not."""
+    seconds = {torch.float32: 0.01, torch.bfloat16: 0.004, torch.int8: 0.002}
+    monkeypatch.setattr(device, "product_seconds", lambda dtype, kind="cpu": seconds[dtype])
+    monkeypatch.setattr(device, "has_units", lambda names: units)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for cached in (device._bf16_pays, device._int8_pays):
+        cached.cache_clear()
+        monkeypatch.setattr(device, cached.__name__, cached.__wrapped__)
+    said = doctor.products()
+    gops = {name: pytest.approx(2e-9 * device.PROBE_SIDE**3 / t, abs=0.06)
+            for name, t in (("float32", 0.01), ("bfloat16", 0.004), ("int8", 0.002))}  # fmt: skip
+    assert said == {"gops": gops, "bfloat16": units, "int8": units}
+    used = "bfloat16 is used, int8 is used" if units else "bfloat16 is not used, int8 is not used"
+    assert doctor.products_in_words(said) == f"float32 27 Gop/s, bfloat16 67 Gop/s, int8 134 Gop/s, {used}"
+    monkeypatch.setattr(doctor, "smoke_test", lambda *a: {"first_loss": 2.0, "last_loss": 1.0, "steps": 20,
+                        "first_step_seconds": 1.0, "tokens_per_second": 9.0})  # fmt: skip
+    assert doctor.main([]) == 0
+    assert "float32 27 Gop/s" in " ".join(capsys.readouterr().out.split())
 
 
 def test_device_and_precision_are_those_of_a_run(capsys, monkeypatch):

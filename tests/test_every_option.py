@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -70,13 +71,14 @@ def test_one_step(group, option, tmp_path, monkeypatch):
     if (group, option) == ("trainer", "gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA here; that trainer=gpu is then refused is tested with the configuration")
     if (group, option) == ("logger", "wandb"):
-        pytest.importorskip("wandb")
         monkeypatch.setenv("WANDB_MODE", "offline")
     if (group, option) == ("tokenizer", "gpt2"):
         try:
-            gpt2.find(None)
-        except UserError:
-            pytest.skip("GPT-2's tokens are not on this machine")
+            gpt2.fetch()
+        except UserError as error:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(str(error))
     monkeypatch.chdir(tmp_path)
     place = tmp_path / "place"
     place.mkdir()

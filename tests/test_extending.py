@@ -80,9 +80,11 @@ def test_everything_takes_part(project: Path) -> None:
     assert list((project / "cache" / "data").glob("verses-*"))  # the corpus
     state = read_state(folder)
     assert {"objectives.probe.read.weight", "objectives.probe.read.bias"} <= set(state["state_dict"])
-    [group] = state["optimizer_states"][0]["groups"]
-    assert group["rule"] == "sign"  # the user's rule has every parameter, the objective's own too
-    assert {"objectives.probe.read.weight", "objectives.probe.read.bias"} <= set(group["names"])
+    [optimizer] = state["optimizer_states"]
+    [group] = optimizer["groups"]
+    assert (group["rule"], len(group["names"])) == ("sign", len(state["state_dict"]))
+    momentum = optimizer["state"]["objectives.probe.read.weight"]["momentum"]
+    assert momentum.abs().max() > 0
 
 
 def test_a_resume_is_exact(project: Path) -> None:
@@ -91,7 +93,7 @@ def test_a_resume_is_exact(project: Path) -> None:
     shutil.copytree(project / "run", killed)
     (killed / "checkpoints" / "step=6.ckpt").unlink()
     shutil.copy(killed / "checkpoints" / "step=3.ckpt", killed / "checkpoints" / "last.ckpt")
-    run("nanochat train --resume killed", project)
+    run("nanochat train --resume killed --trust", project)
     same(read_state(project / "run"), read_state(killed))
     assert read_metrics(project / "run") == read_metrics(killed)
 
@@ -106,7 +108,13 @@ def test_a_run_of_foreign_parts_is_extended(project: Path) -> None:
 def importable(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(str(project))
     monkeypatch.chdir(project)
+    forget()
     yield project
+    forget()
+
+
+def forget() -> None:
+    """The package, of which each test has a copy of its own."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "verses"]:
         del sys.modules[name]
 
@@ -127,6 +135,44 @@ def refused(capfd: pytest.CaptureFixture, *words: str) -> str:
 @pytest.mark.parametrize(("command", "sentence"), MISTAKES, ids=[command[28:] for command, _ in MISTAKES])
 def test_mistakes_are_named(importable: Path, capfd: pytest.CaptureFixture, command: str, sentence: str) -> None:
     assert refused(capfd, *shlex.split(command)[2:]) == sentence
+
+
+REGISTRATIONS = {
+    "objective": ("conf/probe/on.yaml", "_target_: verses.objectives.Probe", "probe.weight"),
+    "callback": ("conf/heartbeat/on.yaml", "_target_: verses.callbacks.Heartbeat", "heartbeat.every_n_steps"),
+    "rule": ("conf/optim/sign.yaml", "rule: verses.rules.Sign", "optim.groups.all"),
+    "schedule": ("conf/schedule/staircase.yaml", "_target_: verses.schedules.Staircase", "schedule has no _target_"),
+    "corpus": ("conf/data/verses.yaml", "corpus: verses.corpora.Verses", "not an option of data.corpus=stdlib"),
+    "logger": ("conf/logger/lines.yaml", "_target_: verses.loggers.Lines", "logger.lines"),
+    "experiment": ("conf/experiment/verses.yaml", '- /probe: "on"', "probe is not on"),
+}
+"""the line of a file that makes something part of the run, and what the error without it says"""
+
+
+@pytest.mark.parametrize("kind", REGISTRATIONS)
+def test_without_its_registration_it_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, kind: str
+) -> None:
+    """The line that names it, its whole file, or its class is removed: the same command is refused each time."""
+    write_files(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    forget()
+    name, line, missed = REGISTRATIONS[kind]
+    path = tmp_path / name
+    words = shlex.split(COMMANDS[0])[2:]
+    assert line in FILES[name]
+    path.write_text(FILES[name].replace(line, ""))
+    assert missed in refused(capfd, *words)
+    path.unlink()
+    assert f"{path.parent.name} has no option" in refused(capfd, *words) or path.parent.name == "probe"
+    if kind != "experiment":
+        path.write_text(FILES[name])
+        *_, module, attribute = line.rstrip("}").split()[-1].split(".")
+        code = tmp_path / "verses" / f"{module}.py"
+        code.write_text(re.sub(rf"\b{attribute}\b", f"{attribute}2", FILES[f"verses/{module}.py"]))
+        forget()
+        assert f"verses.{module} has no {attribute!r}; did you mean '{attribute}2'?" in refused(capfd, *words)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +202,13 @@ def test_the_flag_may_stand_anywhere_and_the_search_path_does_as_well(
     assert refused(capfd, "+probe=on", "--config-dir", "conf", "probe.weight=-1") == expected
     path = f"hydra.searchpath=[file://{importable}/conf]"
     assert refused(capfd, "+probe=on", "probe.weight=-1", path) == expected
+
+
+def test_a_resume_names_what_it_would_run(importable: Path, capfd: pytest.CaptureFixture) -> None:
+    err = refused(capfd, "--resume", "run")
+    for name in ("verses.objectives.Probe", "verses.callbacks.Heartbeat", "verses.rules.Sign", "verses.corpora.Verses"):
+        assert f"={name} is neither nanochat's nor named by your own options" in err
+    assert "verses" not in sys.modules
 
 
 def test_inside_of_nanochat_each_is_one_file_and_one_yaml(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Every command of the README does what it says, as far as composing it tells."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -8,9 +9,10 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from nanochat.bench import cli as bench
 from nanochat.cli import VERBS
 from nanochat.config.compose import compose
+from nanochat.console import Parser
+from nanochat.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,6 +23,42 @@ COMMANDS = [
     for part in line.split("#")[0].split("&&")
     if part.strip().startswith(("python train.py", "nanochat ", "make "))
 ]
+
+
+class Parsed(Exception):
+    """Ends a command once its words are understood."""
+
+
+def parsed(verb: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feed a command its words; it ends where it has understood them.
+
+    Raises:
+        UserError: it does not understand them.
+    """
+
+    def until_understood(parse):
+        def stop(self, *args, **options):
+            parse(self, *args, **options)
+            raise Parsed
+
+        return stop
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(Parser, name, until_understood(getattr(Parser, name)))
+    module, function = VERBS[verb][0].split(":")
+    with pytest.raises(Parsed):
+        getattr(importlib.import_module(module), function)(words)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["generate latest --promt x", "verify --run latest", "export latest --to gguff", "bench step --preset d20",
+     "bench stepp", "serve latest --prot 1", "doctor --second 5"],
+)  # fmt: skip
+def test_a_command_with_a_mistake_is_found(command, monkeypatch):
+    verb, *words = command.split()
+    with pytest.raises(UserError):
+        parsed(verb, words, monkeypatch)
 
 
 def jobs(words: list[str]) -> list[list[str]]:
@@ -40,9 +78,6 @@ def test_command(command, tmp_path, monkeypatch):
     if program == "nanochat":
         verb, *words = words
         assert verb in VERBS
-        if verb == "bench":
-            assert (Path(bench.__file__).parent / f"{words[0]}.py").exists()
-            return
         if verb == "compare":
             from nanochat.studies.cli import parser
 
@@ -51,6 +86,7 @@ def test_command(command, tmp_path, monkeypatch):
         elif verb == "train":
             words = [w for w in words if "=" in w]
         elif verb != "params":
+            parsed(verb, words, monkeypatch)
             return
     else:
         words = words[1:]

@@ -206,9 +206,9 @@ def test_ctrl_c_and_resume_of_the_command(place: Path, whole: Path) -> None:
     while not (folder / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in told
+    assert "Traceback" not in errors
     step = read_state(folder)["global_step"]
     assert int(read_metrics(folder)[-1]["step"]) == step
     done = subprocess.run(

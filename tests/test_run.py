@@ -43,8 +43,8 @@ def test_the_vocabulary_of_a_run_is_in_its_configuration(place: Path, caplog: py
 
 
 @pytest.mark.parametrize("size", ["5000", "auto"])
-def test_a_text_that_is_too_small_is_told_once(place: Path, size: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Whether its tokenizer is trained now or was before; and such a run can be gone on with."""
+def test_a_text_that_is_too_small_warns_once(place: Path, size: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whether its tokenizer is trained now or was before; and such a run can be resumed."""
     settings = [*ONE_STEP, "tokenizer=bpe", f"model.vocab_size={size}"]
     for attempt in ("first", "second"):
         caplog.clear()
@@ -60,7 +60,7 @@ def test_a_text_that_is_too_small_is_told_once(place: Path, size: str, caplog: p
     assert train(configure(place, resumed), place / size / "second")["val/bpb"] > 0
 
 
-def test_a_smaller_tokenizer_of_ones_own_is_told(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_smaller_tokenizer_of_ones_own_warns(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(configure(place, [*ONE_STEP, "model.vocab_size=300"]), place / "smaller")
     [warning] = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "has 257 of the model's 300 tokens" in warning
@@ -132,7 +132,7 @@ def test_a_logger_that_cannot_be_closed_hides_nothing(
     def validation_step(self: NanoChatModule, *args: Any) -> None:
         raise ZeroDivisionError("the run's own")
 
-    monkeypatch.setattr("nanochat.run.build_loggers", lambda plain: [WandbLogger(), WandbLogger()])
+    monkeypatch.setattr("nanochat.run.build_loggers", lambda plain, folder: [WandbLogger(), WandbLogger()])
     if fails:
         monkeypatch.setattr(NanoChatModule, "validation_step", validation_step)
         with pytest.raises(ZeroDivisionError, match="the run's own"):
@@ -145,7 +145,7 @@ def test_a_logger_that_cannot_be_closed_hides_nothing(
 # ---- paths ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_from_another_folder(
+def test_a_run_is_resumed_from_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     here, elsewhere = tmp_path / "here [1]", tmp_path / "elsewhere"
@@ -168,7 +168,7 @@ def test_a_run_goes_on_from_another_folder(
 
 
 def test_paths_are_compared_as_what_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of before, whose checkpoint has them relative, is gone on with from the folder that it was started in."""
+    """A run of an older version, whose checkpoint has relative paths, is resumed from the folder it was started in."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     write_text(tmp_path / "text")

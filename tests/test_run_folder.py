@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 from nanochat.run import train
 from nanochat.run_folder import point_latest
+from nanochat.training.module import NanoChatModule
 from tests.runs import configure
 from tests.training.callbacks.short_runs import BARE
 
@@ -33,3 +38,18 @@ def test_latest_stays_out_of_other_folders(tmp_path: Path) -> None:
     (tmp_path / "outputs" / "latest").mkdir()
     point_latest(tmp_path / "outputs" / "one")
     assert not (tmp_path / "outputs" / "latest").is_symlink()
+
+
+def test_latest_moves_when_there_is_something_to_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is, when the run has a checkpoint."""
+    place, outputs = tmp_path, tmp_path / "outputs"
+    original, seen = NanoChatModule.training_step, []
+
+    def training_step(self: NanoChatModule, *args: Any) -> torch.Tensor:
+        seen.append(os.readlink(outputs / "latest") if (outputs / "latest").is_symlink() else None)
+        return original(self, *args)
+
+    train(configure(place, [*BARE, "trainer.max_steps=1"]), outputs / "one")
+    monkeypatch.setattr(NanoChatModule, "training_step", training_step)
+    train(configure(place, [*BARE, "trainer.max_steps=4"]), outputs / "two")
+    assert seen == ["one", "one", "two", "two"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 
 from nanochat import launch
 from nanochat.checkpoint import load_run
@@ -79,6 +79,6 @@ def test_every_old_target_has_a_present_name(saved: Path) -> None:
     old["callbacks"] = {name.replace(".", "_"): node for name, node in old["callbacks"].items()}
     old["data"]["paths"] = [str(saved / "text")]
     new = rename_targets(old)
-    assert check(OmegaConf.create(new)).values["collider"]["sparsity"] == 0.4
+    assert check(DictConfig(new)).values["collider"]["sparsity"] == 0.4
     assert "nanochat.lightning" not in str(new)
     assert rename_targets(new) == new

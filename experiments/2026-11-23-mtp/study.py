@@ -12,7 +12,7 @@ from nanochat.config.vocabulary import build_data
 from nanochat.inference import Sampling, generate_tokens, inference_copy
 from nanochat.inference.speculative import Speculator, heads_of
 from nanochat.studies.cli import study, study_parser
-from nanochat.studies.runner import Result
+from nanochat.studies.statistics import Result
 
 ARMS = {
     "off": [],

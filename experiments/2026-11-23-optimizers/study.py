@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nanochat.studies.cli import study_parser
-from nanochat.studies.runner import Result, difference, train
+from nanochat.studies.runner import train
+from nanochat.studies.statistics import Result, difference
 
 BASE = [
     "model=d20", "model.vocab_size=4096", "model.seq_len=128", "data.batch_size=8",

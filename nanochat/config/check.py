@@ -91,7 +91,9 @@ def _check_loss(plain: dict[str, Any]) -> list[Problem]:
 def _check_groups(plain: dict[str, Any]) -> Iterator[Problem]:
     for group in TARGET_GROUPS:
         node = plain.get(group)
-        if node is not UNRESOLVED and not is_node(node):
+        if isinstance(node, dict) and node and not is_node(node):
+            yield Problem(group, f"{group} has no _target_, so nothing can be made of it.")
+        elif node is not UNRESOLVED and not is_node(node):
             given = f"{group}={node!r}" if group in plain else group
             yield Problem(group, f"{given} is not chosen: a run needs {group}=OPTION (see --help).")
     for group in NODE_GROUPS:

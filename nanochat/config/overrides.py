@@ -227,7 +227,7 @@ class Overrides:
         return f"there is no key {parent}.{name}{did_you_mean(f'{parent}.{name}', siblings)}"
 
     def _compose(self, overrides: Sequence[Any]) -> DictConfig:
-        words = [str(o.input_line) if isinstance(o, Override) else o for o in (*self._hydra_groups, *overrides)]
+        words = [str(o.input_line if isinstance(o, Override) else o) for o in (*self._hydra_groups, *overrides)]
         words = [word for word in words if not word.startswith("hydra.searchpath=")]
         if self._searched:
             words.append(f"hydra.searchpath={self._searched}")

@@ -61,7 +61,7 @@ def counts(values: Values) -> Iterator[Problem]:
     for key in AT_LEAST_ONE:
         value = values.get(key)
         given = value is not None or key == "trainer.max_steps"
-        if given and not values.bad(key) and not (_is_whole(value) and value >= 1):
+        if given and not values.bad(key) and not (isinstance(value, int) and _is_whole(value) and value >= 1):
             yield Problem(key, f"{key}={'null' if value is None else value} must be a whole number of at least 1.")
     for key in NOT_NEGATIVE:
         value = values.number(key)

@@ -118,13 +118,14 @@ def _choice(*groups: str) -> str:
     return next((str(made[group]) for group in groups if made.get(group)), "run")
 
 
-def _in_sweep() -> bool:
+def in_sweep() -> bool:
+    """Whether this run is a job of a sweep."""
     return HydraConfig.initialized() and str(HydraConfig.get().mode).endswith("MULTIRUN")
 
 
 def _sweep_name() -> str | None:
-    """The name of the sweep's folder; None for a single run."""
-    return sweep_folder(HydraConfig.get()).name if _in_sweep() else None
+    """The sweep's folder with the one above it, which is its date; None for a single run."""
+    return " ".join(sweep_folder(HydraConfig.get()).absolute().parts[-2:]) if in_sweep() else None
 
 
 def sweep_folder(hydra: Any) -> Path:
@@ -137,7 +138,7 @@ def sweep_folder(hydra: Any) -> Path:
 
 def _run_name(task_name: str) -> str:
     """What a sweep's job has of its own, such as `adamw mtp=on seed=0`; the task's name for a single run."""
-    if not _in_sweep():
+    if not in_sweep():
         return task_name
     swept = _swept_keys()
     own = [override for override in user_overrides() if key_of(override) in swept]

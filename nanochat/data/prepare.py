@@ -32,8 +32,12 @@ from nanochat.errors import UserError
 
 log = logging.getLogger(__name__)
 
-TRAIN, VAL, DROPPED = 0, 1, 2
+TRAIN, VAL, DROPPED, CUT = 0, 1, 2, 3
 VAL_ONE_IN = 20
+SHARES = (0.01, 0.20)
+"""a share of the text that validates and is outside of these is mended"""
+GAP = 4096
+"""characters between the parts of a text that is cut: more than a sequence of 1,024 BPE tokens has"""
 COMPRESSED_BYTES = 2_000_000
 """how much of the validation text gzip and xz are measured on"""
 BATCH_CHARACTERS = 4 << 20
@@ -45,11 +49,13 @@ class Plan:
     """Where each document goes.
 
     Without a validation corpus a document goes to validation when the sha256 of its name is a multiple of 20. Where
-    that leaves a split empty, the last 5% of the text (in characters, at a line border) validate.
+    that leaves less than 1% or more than 20% of the text (in characters) to validation, documents that are more than
+    5% of the text are cut: their last 5% validate. Where the share is still outside, or nothing is that long, the last
+    5% of the whole text validate. A cut is at a line border where one is near, and leaves `GAP` characters out.
     """
 
     places: list[array] = field(default_factory=list)
-    """TRAIN, VAL or DROPPED for each document of each corpus"""
+    """TRAIN, VAL, DROPPED or CUT for each document of each corpus"""
     border: int | None = None
     """characters of kept text that train, when the text is split by position"""
     duplicates: int = 0
@@ -65,6 +71,9 @@ def scan(corpus: Corpus, val_corpus: Corpus | None = None) -> Plan:
     """
     plan, seen = Plan(), set()
     found = [0, 0]
+    """documents of each split"""
+    lengths = array("Q")
+    """characters of the training corpus' documents"""
 
     def place(document: Document, split: int) -> int:
         digest = hashlib.sha256(document.text.encode()).digest()[:16]
@@ -84,14 +93,29 @@ def scan(corpus: Corpus, val_corpus: Corpus | None = None) -> Plan:
     places = array("B")
     for document in corpus.documents(plan.skipped):
         places.append(place(document, TRAIN if val_corpus is not None else split_of(document.name)))
+        lengths.append(len(document.text))
     if not places:
         raise _no_text(corpus, plan.skipped)
     if not found[TRAIN] and val_corpus is not None:
         raise UserError(f"{option_of(corpus)} has no text that {option_of(val_corpus)} does not have too.")
     plan.places = [places] if val_corpus is None else [places, val_places]
-    if not all(found):
-        plan.border = plan.characters - max(1, plan.characters // VAL_ONE_IN)
+    if val_corpus is None and not _balanced(places, lengths):
+        for index, length in enumerate(lengths):
+            if places[index] != DROPPED and length * VAL_ONE_IN > plan.characters:
+                places[index] = CUT
+        if not _balanced(places, lengths):
+            plan.border = plan.characters - max(1, plan.characters // VAL_ONE_IN)
     return plan
+
+
+def _balanced(places: array, lengths: array) -> bool:
+    """Whether a plan's share of validation is as it should be."""
+    characters = dict.fromkeys((TRAIN, VAL, DROPPED, CUT), 0)
+    for split, length in zip(places, lengths, strict=True):
+        characters[split] += length
+    validate = characters[VAL] + characters[CUT] / VAL_ONE_IN
+    least, most = SHARES
+    return least <= validate / max(characters[TRAIN] + characters[VAL] + characters[CUT], 1) <= most
 
 
 def split_of(name: str) -> int:
@@ -117,21 +141,35 @@ def split_documents(corpora: list[Corpus], plan: Plan) -> Iterator[tuple[int, st
             if places[count - 1] == DROPPED:
                 continue
             text = document.text
-            if plan.border is None:
+            if plan.border is not None:
+                cut = plan.border - position
+                position += len(text)
+            elif places[count - 1] == CUT:
+                cut = len(text) - max(1, len(text) // VAL_ONE_IN)
+            else:
                 yield places[count - 1], text
                 continue
-            cut = min(max(plan.border - position, 0), len(text))
-            position += len(text)
-            if 0 < cut < len(text):
-                # at a line border, where there is one that leaves something on both sides
-                line = text.rfind("\n", 0, cut) + 1 or text.find("\n", cut) + 1
-                cut = line if 0 < line < len(text) else cut
-            if cut:
-                yield TRAIN, text[:cut]
-            if cut < len(text):
-                yield VAL, text[cut:]
+            yield from _parts(text, cut)
         if count != len(places):
             raise _changed(corpus)
+
+
+def _parts(text: str, cut: int) -> Iterator[tuple[int, str]]:
+    """(TRAIN, what comes before a cut), (VAL, what comes after it and the gap), those of them that are not empty."""
+    if cut >= len(text):
+        yield TRAIN, text
+    elif cut <= 0:
+        yield VAL, text
+    else:
+        cut = _at_line(text, cut, text.rfind("\n", 0, cut) + 1 or text.find("\n", cut) + 1)
+        start = cut + min(GAP, (len(text) - cut) // 5)
+        yield TRAIN, text[:cut]
+        yield VAL, text[_at_line(text, start, text.find("\n", start) + 1) :]
+
+
+def _at_line(text: str, place: int, line: int) -> int:
+    """`line`, the beginning of one, where it is within a hundredth of the text of `place`; else `place`."""
+    return line if 0 < line < len(text) and abs(line - place) <= len(text) // 100 else place
 
 
 def _changed(corpus: Corpus) -> UserError:
@@ -159,6 +197,8 @@ def prepare(
     prints = [c.fingerprint() for c in corpora]
     folder = root / f"{corpus.kind}-{_key(prints, tokenizer)}"
     try:
+        if _is_lopsided(folder):  # of the version before, which mended no shares
+            folder = root / f"{corpus.kind}-{_key(prints, tokenizer, mended=True)}"
         if not (folder / HEADER).exists():
             root.mkdir(parents=True, exist_ok=True)
             with _locked(root / f"{folder.name}.lock"):
@@ -169,10 +209,26 @@ def prepare(
     return open_shards(folder)
 
 
-def _key(prints: list[dict[str, Any]], tokenizer: TokenizerSpec | Tokenizer) -> str:
+def _key(prints: list[dict[str, Any]], tokenizer: TokenizerSpec | Tokenizer, mended: bool = False) -> str:
     identity = tokenizer.hash if isinstance(tokenizer, Tokenizer) else tokenizer.identity()
-    text = json.dumps([FORMAT, prints, identity], sort_keys=True, ensure_ascii=True)
+    parts = [FORMAT, prints, identity, *(["mended"] if mended else [])]
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_lopsided(folder: Path) -> bool:
+    """Whether a folder holds data whose share of validation was never looked at, and is not as it should be."""
+    if not (folder / HEADER).exists():
+        return False
+    header = open_shards(folder).header
+    least, most = SHARES
+    return "share" not in header and header["split"] == "name" and not least <= share_of(header) <= most
+
+
+def share_of(header: dict[str, Any]) -> float:
+    """The share of a prepared text's bytes that validates."""
+    train, val = (header["splits"][split]["bytes"] for split in SPLITS)
+    return val / max(train + val, 1)
 
 
 @contextlib.contextmanager
@@ -202,7 +258,7 @@ def _build(
         shutil.rmtree(leftover, ignore_errors=True)
     aside = folder.parent / f".{folder.name}.{os.getpid()}"
     aside.mkdir()
-    pool = ThreadPoolExecutor(2)
+    pool, spec = ThreadPoolExecutor(2), tokenizer
     try:
         log.info("Preparing the %s corpus in %s.", corpora[0].kind, folder)
         plan = scan(corpora[0], corpora[1] if len(corpora) > 1 else None)
@@ -222,7 +278,8 @@ def _build(
         elif folder.exists():  # without a header: not one of ours, or half deleted
             shutil.rmtree(folder)
         os.rename(aside, folder)
-        _link(folder, corpora[0].kind, _key(prints, tokenizer))
+        mended = folder.name != f"{corpora[0].kind}-{_key(prints, spec)}"
+        _link(folder, corpora[0].kind, _key(prints, tokenizer, mended))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         shutil.rmtree(aside, ignore_errors=True)
@@ -244,10 +301,11 @@ def _header(
     compression: dict[str, Future[float]],
     sample_bytes: int,
 ) -> dict[str, Any]:
-    return {
+    cut = any(CUT in places for places in plan.places)
+    header = {
         "format": FORMAT,
         "corpus": corpora[0].kind,
-        "split": "position" if plan.border is not None else "name" if len(corpora) == 1 else "paths",
+        "split": "position" if plan.border is not None else "cut" if cut else "name" if len(corpora) == 1 else "paths",
         "dtype": token_dtype(tokenizer.vocab_size).str,
         "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash},
         "splits": dict(zip(SPLITS, counts, strict=True)),
@@ -258,6 +316,7 @@ def _header(
             "bits_per_byte": {name: future.result() for name, future in compression.items()},
         },
     }
+    return {**header, "share": round(share_of(header), 4)}
 
 
 # ---- compression ----------------------------------------------------------------------------------------------------

@@ -104,7 +104,8 @@ def _shares_scales(config: GPTConfig, kind: str) -> bool:
 def default_type(config: GPTConfig) -> str:
     """The smallest type that holds this network's matrices exactly: for a ternary one tq2_0, q2_0 or q4_0."""
     types = ("tq2_0", "q2_0", "q4_0") if config.ternary else ()
-    return next((t for t in types if config.dim % BLOCK[t] == 0 and _shares_scales(config, t)), "f16")
+    width = math.gcd(config.dim, config.stream_width)
+    return next((t for t in types if width % BLOCK[t] == 0 and _shares_scales(config, t)), "f16")
 
 
 def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
@@ -218,7 +219,7 @@ def _write(writer: Any, keys: dict[str, Any], plans: list[TensorPlan]) -> None:
     for plan in plans:
         size = packed_bytes(plan.shape, plan.type)
         # any dtype but uint8: of bytes the library would work out the shape, from the types that it knows
-        writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.int8), size, raw_dtype=NUMBERS[plan.type])
+        writer.add_tensor_info(plan.name, plan.shape, np.dtype(np.int8), size, raw_dtype=NUMBERS[plan.type])  # type: ignore[arg-type]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

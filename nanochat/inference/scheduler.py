@@ -20,6 +20,8 @@ from nanochat.inference.slots import Backend
 
 PIECE = 256
 """tokens of a prompt that are read in one pass, so that others do not wait for the whole"""
+DESCRIBED = 32
+"""rows of logits whose likelihoods are computed at once, in float64"""
 LEAST_REUSE = 32
 """shortest common beginning of two prompts that is not read again"""
 
@@ -125,6 +127,9 @@ class Scheduler:
         self.steps += 1
         for item in [item for item in self.running if item.request.cancelled]:
             self._end(item, "cancelled")
+        for request in [request for request in list(self.waiting) if request.cancelled]:
+            self.waiting.remove(request)
+            request.on_end("cancelled", None)
         self._admit()
         try:
             rows = self._read()
@@ -142,9 +147,6 @@ class Scheduler:
         taken = {item.slot for item in self.running}
         while self.waiting and len(taken) < self.backend.slots:
             request = self.waiting.popleft()
-            if request.cancelled:
-                request.on_end("cancelled", None)
-                continue
             free = [slot for slot in range(self.backend.slots) if slot not in taken]
             shared = {slot: 0 if request.score_prompt else _common(self.held[slot], request.prompt) for slot in free}
             slot = max(free, key=lambda slot: (shared[slot], -self.used[slot]))
@@ -183,10 +185,10 @@ class Scheduler:
         """Likelihoods of a piece of the prompt; logits: (T, V) after each of its tokens."""
         if item.last is None:
             item.prompt_tokens.append(Token(piece[0]))
+            before, tokens = logits[:-1], piece[1:]
         else:
-            item.prompt_tokens.append(describe(item.last, piece[0], item.request.logprobs or 0))
-        for row, token in zip(logits[:-1], piece[1:], strict=True):
-            item.prompt_tokens.append(describe(row, token, item.request.logprobs or 0))
+            before, tokens = torch.cat([item.last[None], logits[:-1]]), piece
+        item.prompt_tokens += describe(before, tokens, item.request.logprobs or 0)
         item.last = logits[-1]
 
     def _decode(self, items: list[_Running]) -> list[tuple[_Running, Tensor]]:
@@ -215,7 +217,7 @@ class Scheduler:
         for item, logits in rows:
             if item.request.max_tokens <= 0:
                 self._end(item, "length")
-            elif not bool(torch.isfinite(logits).all()):
+            elif not bool(torch.isfinite(logits.sum())):  # one that is not finite shows in the sum
                 self._end(
                     item, "error", "the model's logits are not finite: this checkpoint is of a run that diverged."
                 )
@@ -229,7 +231,9 @@ class Scheduler:
             item.tokens.append(token)
             item.counts[token] += 1
             item.written += 1
-            found = Token(token) if request.logprobs is None else describe(logits, token, request.logprobs)
+            found = Token(token)
+            if request.logprobs is not None:
+                (found,) = describe(logits[None], [token], request.logprobs)
             if request.on_token(found):
                 self._end(item, "stop")
             elif item.written >= request.max_tokens:
@@ -269,11 +273,20 @@ def draw_rows(rows: Sequence[tuple[_Running, Tensor]]) -> list[int]:
     return tokens
 
 
-def describe(logits: Tensor, token: int, top: int) -> Token:
-    """A token with its log-likelihood under logits (V,), and those of the `top` most likely ones."""
-    logprobs = logits.double().log_softmax(-1)
-    values, order = logprobs.topk(min(top, logprobs.shape[-1]))
-    return Token(token, float(logprobs[token]), tuple(zip(order.tolist(), values.tolist(), strict=True)))
+def describe(logits: Tensor, tokens: Sequence[int], top: int) -> list[Token]:
+    """Tokens, each with its log-likelihood under its row of logits (T, V), and those of the `top` most likely ones."""
+    found: list[Token] = []
+    for start in range(0, len(tokens), DESCRIBED):
+        logprobs = logits[start : start + DESCRIBED].double().log_softmax(-1)
+        ids = torch.tensor(tokens[start : start + DESCRIBED], device=logits.device)
+        own = logprobs.gather(-1, ids[:, None])[:, 0].tolist()
+        values, order = logprobs.topk(min(top, logprobs.shape[-1]))
+        rows = zip(order.tolist(), values.tolist(), strict=True)
+        found += [
+            Token(token, value, tuple(zip(*row, strict=True)))
+            for token, value, row in zip(ids.tolist(), own, rows, strict=True)
+        ]
+    return found
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

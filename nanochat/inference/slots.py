@@ -143,10 +143,20 @@ def steady_rows(gpt: GPT, slots: int) -> int:
         x = torch.randn(slots, weight.shape[1], generator=generator).to(weight)
         whole = F.linear(x, weight)
         while rows and not all(
-            torch.equal(F.linear(x[:count], weight), whole[:count]) for count in range(rows[0], min(2 * rows[0], slots))
+            torch.equal(F.linear(x[:count], weight), whole[:count]) for count in _tried(rows[0], slots)
         ):
             rows.pop(0)
     return rows[0] if rows else slots
+
+
+def _tried(least: int, most: int) -> list[int]:
+    """Every number of rows up to twice the least, and those around its multiples by powers of two below `most`."""
+    tried = set(range(least, 2 * least))
+    edge = 2 * least
+    while edge < most:
+        tried |= {edge, edge + 1}
+        edge *= 2
+    return sorted(count for count in tried if count < most)
 
 
 def check_memory(size: int, device: torch.device) -> None:

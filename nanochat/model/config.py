@@ -207,8 +207,6 @@ class GPTConfig:
                 f"model.value_embedding_width={width!r} must be a multiple of the head's width {self.head_dim}, "
                 f"at most {whole} ({self.n_kv_heads} key/value heads)."
             )
-        if self.streams > 1:
-            yield f"model.value_embeddings={self.value_embeddings} does not work with mhc.streams={self.streams}."
         if self.value_gate == "input" and self.dim < VALUE_GATE_CHANNELS:
             yield f"model.value_gate=input needs a model.dim of at least {VALUE_GATE_CHANNELS}, not {self.dim}."
 

@@ -21,6 +21,8 @@ from nanochat.console import clock_time
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, shown
 from nanochat.reports.curves import curve
+from nanochat.reports.header import describe_model, describe_optimizer, tokens_per_step
+from nanochat.reports.loggers import log_summary
 from nanochat.run_folder import read_metrics
 
 log = logging.getLogger(__name__)
@@ -81,9 +83,7 @@ class RunReport:
         return metrics
 
     def _tokens(self, trainer: Trainer) -> int:
-        data, cfg = self.cfg["data"], self.cfg["trainer"]
-        per_micro_batch = int(data["batch_size"]) * int(data["seq_len"])
-        return trainer.global_step * int(cfg.get("accumulate_grad_batches", 1)) * per_micro_batch
+        return trainer.global_step * tokens_per_step(self.cfg)
 
     def _summary(
         self, status: str, trainer: Trainer, metrics: dict[str, float], error: BaseException | None = None
@@ -109,6 +109,7 @@ class RunReport:
             del content["compression"]
         if error is not None:
             content["error"] = f"{type(error).__name__}: {error}"
+        log_summary(trainer.loggers, content)
         try:
             with atomic_write(self.folder / "summary.json") as file:
                 file.write((json.dumps(content, indent=1) + "\n").encode())
@@ -119,19 +120,13 @@ class RunReport:
 
     def _card(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         place = shown(self.folder)
-        model, optim = self.cfg["model"], self.cfg["optim"]
         table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
-        kind = "ternary" if model.get("ternary") else "float"
-        table.add_row("model", f"{self.cfg.get('task_name', '')}: {kind}, {self.parameters:,} parameters, "
-                               f"width {model['dim']}, {model['n_layers']} layers")  # fmt: skip
+        table.add_row("model", describe_model(self.cfg, self.parameters))
         table.add_row("data", self.data.describe())
-        rules = (
-            dict.fromkeys(group["rule"] for group in trainer.optimizers[0].param_groups) if trainer.optimizers else {}
-        )
         size = f", {metrics['optim/bytes'] / 1e6:,.1f} MB of state" if "optim/bytes" in metrics else ""
-        table.add_row("optimizer", f"{' + '.join(rules)}, lr {optim['lr']:g}{size}")
+        table.add_row("optimizer", f"{describe_optimizer(self.cfg, trainer.optimizers)}{size}")
         table.add_row(
             "trained",
             f"{trainer.global_step:,} steps, {self._tokens(trainer):,} tokens; this session took "

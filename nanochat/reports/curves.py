@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from pathlib import Path
@@ -29,8 +30,7 @@ def plot_loss(folder: Path) -> None:
         axes.plot(*zip(*smooth(thin(train)), strict=True), color="#1f4e79", linewidth=1.6, label="train/loss, smoothed")
     if val:
         axes.plot(*zip(*val, strict=True), color="#d1495b", marker="o", markersize=4, label="val/loss")
-    bpb = curve(rows, "val/bpb")
-    title = "" if not bpb else f": {bpb[-1][1]:.4f} bits per byte at step {bpb[-1][0]}"
+    title = "" if not val else f": val/loss {val[-1][1]:.4f} nats per token at step {val[-1][0]}"
     axes.set(xlabel="optimizer steps", ylabel="nats per token", title=f"{folder.name}{title}")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -55,11 +55,16 @@ def thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """An exponential mean over about a twentieth of the curve, free of the start's bias."""
-    keep = 1.0 - 1.0 / max(1.0, len(points) / 20)
-    total = weight = 0.0
+    """Means over about a tenth of the curve around each point: a mean of the past alone lags behind a falling loss.
+
+    Near the start they reach as far back as ahead, since the loss is steep there; at the end, where it is flat, only
+    back.
+    """
+    half = len(points) // 20
+    sums = [0.0, *itertools.accumulate(value for _, value in points)]
     result = []
-    for step, value in points:
-        total, weight = keep * total + value, keep * weight + 1.0
-        result.append((step, total / weight))
+    for i, (step, _) in enumerate(points):
+        reach = min(half, i)
+        first, end = i - reach, min(len(points), i + reach + 1)
+        result.append((step, (sums[end] - sums[first]) / (end - first)))
     return result

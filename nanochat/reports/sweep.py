@@ -54,7 +54,7 @@ class Job:
         """Leave a record for the process that started the sweep (`collect`)."""
         content: dict[str, Any] = {"job": self.number, "overrides": self.overrides, "folder": str(self.folder)}
         if self.error is not None:
-            content |= {"error": sentence(self.error), "mistake": isinstance(self.error, UserError)}
+            content |= {"error": sentence(self.error), "mistake": is_mistake(self.error)}
         (sweep_folder / RECORDS).mkdir(exist_ok=True)
         (sweep_folder / RECORDS / f"{self.number}.json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -79,12 +79,17 @@ def sentence(error: BaseException) -> str:
     return text if isinstance(error, UserError | JobError) else f"{type(error).__name__}: {text}"
 
 
+def is_mistake(error: BaseException) -> bool:
+    """Whether an error is the user's, and not that of a run that diverged."""
+    return isinstance(error, UserError) and error.exit_code == 2
+
+
 def exit_code(jobs: Sequence[Job]) -> int:
     """0 when all went well, 2 when only the user's mistakes failed, else 1."""
     errors = [job.error for job in jobs if job.error is not None]
     if not errors:
         return 0
-    return 2 if all(isinstance(error, UserError) for error in errors) else 1
+    return 2 if all(map(is_mistake, errors)) else 1
 
 
 def report(jobs: Sequence[Job], folder: Path) -> None:

@@ -152,12 +152,12 @@ def _add_errors(app: FastAPI) -> None:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         place = [str(part) for part in first["loc"] if part != "body"]
         if first["type"] == "json_invalid":
             return ApiError(400, f"the body is not JSON: {first['ctx']['error']}.").response()
-        if first["type"] == "model_attributes_type":
+        if first["type"] == "model_attributes_type" and not _says_json(request.headers.get("content-type", "")):
             return ApiError(415, "send a JSON object with Content-Type: application/json.").response()
         # a union names its member behind the field
         field = place[0] if place else None
@@ -165,7 +165,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
-        response = ApiError(error.status_code, str(error.detail)).response()
+        response = ApiError(error.status_code, f"{str(error.detail).rstrip('.')}.").response()
         response.headers.update(error.headers or {})
         return response
 
@@ -173,6 +173,11 @@ def _add_errors(app: FastAPI) -> None:
     async def unexpected(_: Request, error: Exception) -> Response:
         log.exception("a request failed", exc_info=error)
         return ApiError(500, "the server failed on this request.").response()
+
+
+def _says_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 def _add_count(app: FastAPI, server: Server) -> None:
@@ -204,7 +209,7 @@ def _add_information(app: FastAPI, server: Server) -> None:
             return JSONResponse({"status": "ok"})
         return ApiError(503, "the model is loading; try again later.", code="loading").response()
 
-    @app.get("/metrics", responses=documented(*ALWAYS))
+    @app.get("/metrics", responses=documented(*ALWAYS), response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counts for Prometheus."""
         return PlainTextResponse(server.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -231,7 +236,7 @@ def _add_information(app: FastAPI, server: Server) -> None:
         server.engine(None)
         return {"object": "list", "data": [describe(engine) for engine in server.engines.values()]}
 
-    @app.get("/v1/models/{name}", responses=documented(404, 503, *ALWAYS))
+    @app.get("/v1/models/{name:path}", responses=documented(404, 503, *ALWAYS))
     async def model(name: str) -> dict[str, Any]:
         """One model."""
         return describe(server.engine(name))

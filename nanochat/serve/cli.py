@@ -16,15 +16,18 @@ from nanochat.serve.models import BACKENDS, Settings, load_model
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def add_loading(options: argparse.ArgumentParser, slots: int) -> None:
-    """The options of `Settings`."""
+def add_loading(options: argparse.ArgumentParser, slots: int | None) -> None:
+    """The options of `Settings`; slots: default of `--parallel`, None for one slot and no such option."""
     options.add_argument(
         "--backend",
         type=one_of(BACKENDS),
         default="auto",
         help="torch, llama.cpp, or auto: llama.cpp where it is installed and can run the model (auto)",
     )
-    options.add_argument("--parallel", type=count, default=slots, help=f"answers that are written at once ({slots})")
+    if slots is None:
+        options.set_defaults(parallel=1)
+    else:
+        options.add_argument("--parallel", type=count, default=slots, help=f"answers written at once ({slots})")
     options.add_argument("--context", type=count, help="tokens of each of them (the model's own)")
     options.add_argument("--checkpoint", default="last", metavar="STEP", help="of a run: last, or a step that was kept")
     options.add_argument("--device", default="auto", help="of the torch backend: auto, cpu, cuda, mps")
@@ -111,6 +114,8 @@ def main(argv: Sequence[str]) -> int:
                 f"{model.backend.context} tokens{'' if model.is_chat else ', a base model: it continues text'}",
                 file=sys.stderr,
             )
+            if model.note:
+                print(f"  note: {model.note}", file=sys.stderr)
         shown = f"[{host}]" if ":" in host else host
         print(f"nanochat is at http://{shown}:{port}", file=sys.stderr, flush=True)
         return models

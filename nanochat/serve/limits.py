@@ -18,7 +18,7 @@ from nanochat.serve.errors import ApiError
 
 OPEN_PATHS = frozenset(("/", "/health"))
 """need no key: they say nothing of the models"""
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "testserver")
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _KEY_LENGTH = 1024
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
-import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from nanochat.checkpoint import Run, load_run
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.errors import UserError
 from nanochat.export import llama_cpp
-from nanochat.export.gguf import architecture, check_type, export_gguf
+from nanochat.export.gguf import architecture, default_type, export_gguf
 from nanochat.export.gguf_reader import GGUFFile
 from nanochat.export.gguf_tensors import OWN
 from nanochat.inference.engine import inference_copy
@@ -35,6 +37,8 @@ class Model:
     template: ChatTemplate
     source: str
     """what it was loaded from"""
+    note: str = ""
+    """why it is not with the backend that one would expect"""
 
     @property
     def is_chat(self) -> bool:
@@ -71,21 +75,24 @@ def load_model(path: str | Path, settings: Settings | None = None, name: str | N
             f"{run.folder}/tokenizer.json has {codec.vocab_size} tokens, more than the model's "
             f"{run.config.vocab_size}: they do not belong together."
         )
-    return Model(name, _backend_of(run, settings), codec, template_of(run.folder), str(path))
+    backend, note = _backend_of(run, settings)
+    return Model(name, backend, codec, template_of(run.folder), str(path), note)
 
 
-def _backend_of(run: Run, settings: Settings) -> Backend:
-    context = _context(settings, run.config.seq_len)
+def _backend_of(run: Run, settings: Settings) -> tuple[Backend, str]:
+    """The backend of a run, and why it is not llama.cpp if it could have been."""
+    context, note = _context(settings, run.config.seq_len), ""
     limit = run.tokenizer.vocab_size
     if settings.backend != "torch":
         try:
             llama_cpp.load()
             path = cached_gguf(run)
-            return LlamaBackend(path, settings.slots, context, torch.get_num_threads(), limit)
-        except UserError:
+            return LlamaBackend(path, settings.slots, context, torch.get_num_threads(), limit), ""
+        except UserError as error:
             if settings.backend == "llama.cpp":
                 raise
-    return TorchBackend(inference_copy(run.gpt), settings.slots, context, limit)
+            note = f"not with llama.cpp: {error}"
+    return TorchBackend(inference_copy(run.gpt), settings.slots, context, limit), note
 
 
 def _context(settings: Settings, longest: int) -> int:
@@ -97,18 +104,11 @@ def _context(settings: Settings, longest: int) -> int:
 def cached_gguf(run: Run) -> Path:
     """The run's network as a GGUF file, written on first use and again when the checkpoint has changed.
 
-    It lies in the run folder under `serve/`. Raises `UserError` when llama.cpp cannot run the network, or the folder
-    cannot be written.
+    It lies in the run folder under `serve/`; where that cannot be written, in a temporary folder. Raises
+    `UserError` when llama.cpp cannot run the network.
     """
-    config = run.config
-    architecture(config)
-    kind = "f16"
-    if config.ternary:
-        try:
-            check_type(config, "tq2_0", "q8_0")
-            kind = "tq2_0"
-        except UserError:
-            kind = "f32"
+    architecture(run.config)
+    kind = default_type(run.config)
     state = run.checkpoint.stat()
     tokenizer = (run.folder / "tokenizer.json").read_bytes()
     template = template_of(run.folder)
@@ -118,15 +118,32 @@ def cached_gguf(run: Run) -> Path:
     path = folder / f"{stem}-{kind}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.gguf"
     if path.is_file():
         return path
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
+    if not _writable(folder):
+        path = _temporary_folder() / path.name
+        export_gguf(run, path, kind, mtp=False, force=True)
+        return path
     export_gguf(run, path, kind, mtp=False, force=True)
     for old in folder.glob(f"{stem}-*.gguf"):
         if old != path:
             old.unlink(missing_ok=True)
     return path
+
+
+def _writable(folder: Path) -> bool:
+    """Whether a folder is there, or can be made, and takes files."""
+    try:
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _temporary_folder() -> Path:
+    """A folder that is removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="nanochat-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _load_file(path: Path, settings: Settings, name: str) -> Model:
@@ -163,9 +180,7 @@ def _own_file(path: Path, settings: Settings, name: str, source: object) -> Mode
 
 
 def _tokenizer(text: str) -> Tokenizer:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
-        place = os.path.join(folder, "tokenizer.json")
-        Path(place).write_text(text, encoding="utf-8")
+        place = Path(folder) / "tokenizer.json"
+        place.write_text(text, encoding="utf-8")
         return Tokenizer.load(place)

@@ -9,9 +9,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 from nanochat.inference.sampling import Sampling
 
 LARGEST = 2**31 - 1
-_TokenId = Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
-_Tokens = Annotated[list[_TokenId], Field(min_length=1, max_length=1_000_000)]
-_Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 def _real(value: Any) -> Any:
@@ -21,8 +18,16 @@ def _real(value: Any) -> Any:
     return value
 
 
+def _integral(value: Any) -> Any:
+    # 3.0 is an integer in JSON Schema
+    return int(value) if isinstance(value, float) and value.is_integer() else _real(value)
+
+
 _Number = Annotated[float, BeforeValidator(_real)]
-_Whole = Annotated[int, Field(strict=True)]
+_Whole = Annotated[int, BeforeValidator(_integral)]
+_TokenId = Annotated[_Whole, Field(ge=0, le=LARGEST)]
+_Tokens = Annotated[list[_TokenId], Field(min_length=1, max_length=1_000_000)]
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
 _Share = Annotated[_Number, Field(ge=0, le=1, allow_inf_nan=False)]
 _Penalty = Annotated[_Number, Field(ge=-2, le=2, allow_inf_nan=False)]
 _Bias = Annotated[_Number, Field(ge=-100, le=100, allow_inf_nan=False)]
@@ -51,7 +56,7 @@ class SamplingFields(BaseModel):
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     logit_bias: Annotated[dict[_TokenName, _Bias], Field(max_length=1024)] | None = None
-    seed: Annotated[_Whole, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: _Whole | None = None
 
     def sampling(self) -> Sampling:
         """The sampler's settings, OpenAI's defaults where nothing was given."""

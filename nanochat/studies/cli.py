@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from nanochat.console import Parser, count
 from nanochat.device import find_device
 from nanochat.errors import UserError
 from nanochat.files import shown
-from nanochat.reports.table import show
-from nanochat.studies.runner import MOST_SEEDS, Comparison, compare, compose_arm, merged
+from nanochat.studies.runner import compare, compose_arm, merged
+from nanochat.studies.statistics import MOST_SEEDS, Comparison
 
 PLAIN = "plain"
 TECHNIQUES = ("optim=adamw", "optim=muon8bit", "optim=galore8bit", "+mtp=on", "+collider=on", "+mhc=on")
@@ -164,6 +165,6 @@ def main(argv: list[str]) -> int:
         "Each arm has the rates of its configuration; an optimizer wants its own, by a sweep, before it is judged.",
     ]
     tables = list(found.tables())
-    for title, headings, rows in tables:
-        show(f"{heading}: {title}", headings, rows, notes if title == tables[-1][0] else None)
+    for table in tables:
+        replace(table, title=f"{heading}: {table.title}", notes=notes if table is tables[-1] else ()).show()
     return 0

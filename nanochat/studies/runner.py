@@ -1,4 +1,4 @@
-"""Matched runs: real runs of `nanochat train` with paired seeds, and what their differences show.
+"""Matched runs: real runs of `nanochat train` with paired seeds, each in a process of its own.
 
 Arms are compared at equal steps and at equal time. A run that is there already is not trained again, so that a
 comparison that was stopped goes on.
@@ -11,16 +11,15 @@ import os
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from nanochat.config.compose import compose
@@ -28,121 +27,13 @@ from nanochat.config.schema import key_of
 from nanochat.errors import UserError
 from nanochat.files import quoted, shown
 from nanochat.run_folder import read_metrics, read_summary
+from nanochat.studies.statistics import Comparison, Result
 
-# two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom
-STUDENT = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093,
-)  # fmt: skip
-MOST_SEEDS = len(STUDENT) + 1
 UNNEEDED = ("sampler", "loss_plot")
 """callbacks that take time in every arm and say nothing in a comparison"""
 FRESH_OR_ON = "ckpt_path=auto"
 """a run that was stopped goes on"""
 _composing = threading.Lock()  # Hydra's settings are global
-
-
-@dataclass
-class Result:
-    """What a finished run says of itself."""
-
-    folder: Path
-    bpb: float  # bits per byte of validation text
-    step_seconds: float
-    state_bytes: int  # of the optimizer
-
-
-@dataclass
-class Comparison:
-    """The runs of each arm by seed, `plain` first."""
-
-    steps: int
-    equal: dict[str, list[Result]]
-    timed: dict[str, list[Result]] = field(default_factory=dict)
-    """runs of as many steps as fit into the plain run's time, by arm"""
-    timed_steps: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def plain(self) -> list[Result]:
-        """The runs that the others are compared with."""
-        return next(iter(self.equal.values()))
-
-    def step_ratio(self, arm: str) -> float:
-        """Seconds of the arm's step over those of the plain one's: the median over the pairs."""
-        return statistics.median(
-            a.step_seconds / b.step_seconds for a, b in zip(self.equal[arm], self.plain, strict=True)
-        )
-
-    def tables(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-        """(title, headings, cells) at equal steps, then at equal time if runs were made for that."""
-        last = ["bits per byte", "difference", "verdict"]
-        rows = []
-        for arm, results in self.equal.items():
-            first = [arm, f"{self.step_ratio(arm):.3f}", f"{results[0].state_bytes / 1e6:,.2f}"]
-            rows.append([*first, *self._against_plain(results)])
-        yield f"{self.steps} steps", ["arm", "step / plain", "optimizer MB", *last], rows
-        if self.timed:
-            runs = {next(iter(self.equal)): (self.steps, self.plain)}
-            runs |= {arm: (self.timed_steps[arm], results) for arm, results in self.timed.items()}
-            rows = [[arm, str(steps), *self._against_plain(results)] for arm, (steps, results) in runs.items()]
-            yield "the same time", ["arm", "steps", *last], rows
-
-    def _against_plain(self, results: list[Result]) -> list[str]:
-        mean = f"{statistics.mean(r.bpb for r in results):.4f}"
-        return (
-            [mean, "", ""]
-            if results is self.plain
-            else [mean, difference(results, self.plain), verdict(results, self.plain)]
-        )
-
-    def markdown(self) -> str:
-        """The tables for a document."""
-        blocks = []
-        for title, headings, rows in self.tables():
-            lines = [headings, ["---"] * len(headings), *rows]
-            blocks.append("\n".join([f"{title}:\n", *("| " + " | ".join(line) + " |" for line in lines)]))
-        return "\n\n".join(blocks)
-
-    def figures(self) -> dict[str, Any]:
-        """The same as numbers, run by run."""
-        arms: dict[str, Any] = {}
-        for arm, results in self.equal.items():
-            arms[arm] = {
-                "bpb": [r.bpb for r in results],
-                "step_ratio": self.step_ratio(arm),
-                "optimizer_bytes": results[0].state_bytes,
-            }
-            if arm in self.timed:
-                arms[arm] |= {"timed_steps": self.timed_steps[arm], "timed_bpb": [r.bpb for r in self.timed[arm]]}
-        return {"steps": self.steps, "arms": arms}
-
-
-def interval(results: Sequence[Result], plain: Sequence[Result]) -> tuple[float, float]:
-    """Mean of the paired differences in bits per byte, and half the width of its 95% interval (Student's t).
-
-    The half is infinite for a single pair.
-    """
-    gaps = [a.bpb - b.bpb for a, b in zip(results, plain, strict=True)]
-    if len(gaps) < 2:
-        return gaps[0], float("inf")
-    return statistics.mean(gaps), STUDENT[len(gaps) - 2] * statistics.stdev(gaps) / len(gaps) ** 0.5
-
-
-def difference(results: Sequence[Result], plain: Sequence[Result]) -> str:
-    """The interval in words; less is better."""
-    mean, half = interval(results, plain)
-    return f"{mean:+.4f}" if half == float("inf") else f"{mean:+.4f} ± {half:.4f}"
-
-
-def verdict(results: Sequence[Result], plain: Sequence[Result]) -> str:
-    """What the interval shows."""
-    mean, half = interval(results, plain)
-    if half == float("inf"):
-        return "one seed: no verdict"
-    return "no difference shown" if abs(mean) <= half else "better" if mean < 0 else "worse"
-
-
-# ---- runs -----------------------------------------------------------------------------------------------------------
 
 
 class _Runner:
@@ -259,7 +150,7 @@ def read_result(folder: Path, steps: int) -> Result:
             "a comparison needs whole runs (no trainer.max_time, no early stopping)."
         )
     tokens = summary["tokens"] / summary["step"]
-    return Result(folder, float(rows[-1]["val/bpb"]), tokens / statistics.median(speeds), int(states[-1]))
+    return Result(folder, float(rows[-1]["val/bpb"]), tokens / median(speeds), int(states[-1]))
 
 
 def compare(

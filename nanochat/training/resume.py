@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from nanochat.config.renamed import rename_targets
 from nanochat.config.schema import DEFAULTS, PLAIN_KEYS
 from nanochat.errors import UserError
 from nanochat.files import anchored
+from nanochat.model.config import GPTConfig
 from nanochat.run_folder import step_checkpoints
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ WARN_IF_CHANGED = (
     "trainer.precision",
     "trainer.gradient_clip_val",
     "trainer.accelerator",
+    "model.int8",
 )
 """values that may change, at the price of other results than those of an undisturbed run"""
 PATHS = (
@@ -136,13 +139,16 @@ def check_resume(path: Path, plain_cfg: dict[str, Any]) -> None:
     saved, run = (checkpoint.get("hyper_parameters") or {}).get("cfg"), checkpoint.get("nanochat_run")
     if not isinstance(saved, dict) or not isinstance(run, dict) or "optimizer_states" not in checkpoint:
         raise UserError(f"ckpt_path={path} holds weights only, or is not a run of nanochat: it cannot be resumed.")
-    saved = anchor_paths(rename_targets(saved))
+    saved, plain_cfg = (
+        {**cfg, "model": _model_fields(cfg)} for cfg in (anchor_paths(rename_targets(saved)), plain_cfg)
+    )
     whole = sorted((set(saved) | set(plain_cfg)) - OWN_RULES)
     changed = [
         line
         for key in (*MUST_BE_EQUAL, *whole)
         for line in differences(key, lookup(saved, key), lookup(plain_cfg, key))
     ]
+    changed = [line for line in changed if line.split()[0] not in WARN_IF_CHANGED]
     changed += differences("tokenizer", saved.get("tokenizer"), plain_cfg.get("tokenizer"))
     optim = differences("optim", saved.get("optim"), plain_cfg.get("optim"))
     # rates are not part of the optimizer's state; everything else says what the state means
@@ -160,6 +166,15 @@ def check_resume(path: Path, plain_cfg: dict[str, Any]) -> None:
     inexact += [line for key, value in here.items() for line in differences(key, run.get(key), value)]
     if inexact:
         log.warning("Resuming, but not bit for bit, since these have changed: %s.", "; ".join(inexact))
+
+
+def _model_fields(cfg: dict[str, Any]) -> Any:
+    """The model's values, those that an older version did not have yet at what they mean there."""
+    values: Any = cfg.get("model")
+    try:
+        return dataclasses.asdict(GPTConfig.from_dict({k: v for k, v in values.items() if not k.startswith("_")}))
+    except (AttributeError, TypeError, UserError):  # compared as they stand
+        return values
 
 
 def lookup(cfg: dict[str, Any], key: str) -> Any:

@@ -96,24 +96,83 @@ def test_validation_paths(corpus_dir, cache):
 
 
 @pytest.mark.parametrize("lines", [True, False])
-def test_one_file_is_split_by_position(tmp_path, cache, lines):
-    text = "".join(f"línea {i}" + "\n" * lines for i in range(400))
+def test_one_file_is_cut(tmp_path, cache, lines):
+    text = "".join(f"línea {i}" + "\n" * lines for i in range(4000))
     (tmp_path / "one.txt").write_text(text)
     shards = prepare(TextFiles([tmp_path / "one.txt"]), Byte(), cache)
     (train,), (val,) = documents_of(shards, "train"), documents_of(shards, "val")
-    assert train + val == text
-    assert 0.04 < len(val) / len(text) < 0.06
+    assert text.startswith(train)
+    assert text.endswith(val)
+    gap = len(text) - len(train) - len(val)
+    assert 0.19 < gap / (len(text) - len(train)) < 0.21 + 0.02 * lines
+    assert 0.93 < len(train) / len(text) < 0.96
     assert train.endswith("\n") == lines
-    assert shards.header["split"] == "position"
+    assert val.startswith("línea") >= lines
+    assert shards.header["split"] == "cut"
+    assert shards.header["share"] == pytest.approx(len(val.encode()) / len((train + val).encode()), abs=1e-4)
 
 
-def test_two_files_of_one_split_are_split_by_position(tmp_path, cache):
-    names = [name for name in (f"{i}.txt" for i in range(100)) if split_of(name) == TRAIN][:2]
+def test_long_documents_are_cut_where_the_share_is_not_as_it_should_be(tmp_path, cache):
+    """Without that, a line of 1 MB whose name falls to validation leaves a thousandth of the text to train on."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    names = {split: [n for n in (f"{i}.txt" for i in range(200)) if split_of(n) == split] for split in (TRAIN, VAL)}
+    (texts / names[VAL][0]).write_text("title\n" + "".join(f"w{i} " for i in range(150_000)))
+    for name in names[TRAIN][:3]:
+        (texts / name).write_text(f"a line of {name}\n" * 20)
+    shards = prepare(TextFiles([texts]), Byte(), cache)
+    train, val = documents_of(shards, "train"), documents_of(shards, "val")
+    assert len(train) == 4
+    assert len(val) == 1
+    long = (texts / names[VAL][0]).read_text()
+    (part,) = [text for text in train if text.startswith("title")]
+    assert len(part) == pytest.approx(0.95 * len(long), rel=0.02)
+    assert long.endswith(val[0])
+    assert len(long) - len(part) - len(val[0]) == module.GAP
+    assert 0.01 < shards.header["share"] < 0.2
+
+
+def test_a_share_that_is_as_it_should_be_stays(corpus_dir):
+    """Even where one document is long."""
+    texts = list(TextFiles([corpus_dir]).documents())
+    name = next(document.name for document in texts if split_of(document.name) == TRAIN)
+    (corpus_dir / name).write_text("a longer line than the others\n" * 400)
+    plan = scan(TextFiles([corpus_dir]))
+    assert plan.border is None
+    assert plan.places[0].tolist() == [split_of(document.name) for document in texts]
+
+
+@pytest.mark.parametrize("split", [TRAIN, VAL])
+def test_many_files_of_one_split_are_split_by_position(tmp_path, cache, split):
+    names = [name for name in (f"{i:03}.txt" for i in range(900)) if split_of(name) == split][:30]
     for name in names:
         (tmp_path / name).write_text(f"a line of {name}\n" * 100)
     shards = prepare(TextFiles([tmp_path / name for name in names]), Byte(), cache)
-    assert len(documents_of(shards, "train")) == 2
-    assert "".join(documents_of(shards, "val")).startswith(f"a line of {names[1]}\n")
+    assert shards.header["split"] == "position"
+    train, val = documents_of(shards, "train"), documents_of(shards, "val")
+    assert len(train) == 29
+    assert len(val) == 2
+    assert train[-1].splitlines()[0] == val[0].splitlines()[0] == f"a line of {names[28]}"
+    assert len(train[-1]) + len(val[0]) < len(val[1])
+
+
+def test_lopsided_data_of_the_version_before_is_made_anew(tmp_path, cache, monkeypatch):
+    names = {split: next(n for n in (f"{i}.txt" for i in range(200)) if split_of(n) == split) for split in (TRAIN, VAL)}
+    (tmp_path / names[VAL]).write_text("a long text\n" * 1000)
+    (tmp_path / names[TRAIN]).write_text("a short text\n" * 10)
+    corpus = TextFiles([tmp_path / name for name in names.values()])
+    with monkeypatch.context() as before:
+        before.setattr(module, "_balanced", lambda *a: True)
+        before.setattr(
+            module, "_header", lambda *a, of=module._header: {k: v for k, v in of(*a).items() if k != "share"}
+        )
+        before.setattr(module, "_is_lopsided", lambda *a: False)
+        old = prepare(corpus, BPE(300), cache)
+    assert len(documents_of(old, "train")[0]) == 130
+    for _ in range(2):
+        new = prepare(corpus, BPE(300), cache)
+        assert len("".join(documents_of(new, "train"))) > 10_000
+        assert prepare(corpus, new.tokenizer, cache).identity == new.identity != old.identity
 
 
 def test_nothing_to_read(tmp_path, cache):

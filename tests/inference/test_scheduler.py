@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -85,6 +86,22 @@ def test_random_arrivals_give_the_tokens_of_recomputing_every_prefix(seed):
         assert answer.reason == "length"
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [{"streams": 2, "stream_maps": "dynamic"}, {"value_embeddings": 2, "value_gate": "input"},
+     {"sub_norm": True, "qk_norm": False, "tied": True}, {"softcap": 5.0, "activation": "relu2"}],
+    ids=lambda variant: next(iter(variant)),
+)  # fmt: skip
+def test_every_kind_of_network(variant):
+    gpt = random_gpt(dataclasses.replace(SMALL, **variant)).double()
+    answers = run(
+        TorchBackend(inference_copy(gpt), slots=2),
+        *(Answer([7 * i + j for j in range(1 + 4 * i)], 8) for i in range(4)),
+    )
+    for answer in answers:
+        assert answer.ids == recompute(gpt, answer.request.prompt, 8)
+
+
 def test_in_float32_a_request_gets_bit_for_bit_what_it_gets_alone():
     """Sampled and greedy, with likelihoods: `steady_rows` keeps matrix products to one way of rounding."""
     draw = random.Random(5)
@@ -122,11 +139,14 @@ def test_a_slot_is_free_in_the_step_after_its_request_ends_or_is_cancelled():
     scheduler.submit(waiting.request)
     scheduler.step()
     assert (third.reason, len(third.tokens), len(waiting.tokens)) == ("cancelled", 1, 1)
-    gone = Answer([5], 2)
+    fourth, gone = Answer([5], 30), Answer([6], 2)
+    for answer in (fourth, gone):
+        scheduler.submit(answer.request)
     gone.request.cancelled = True
-    scheduler.submit(gone.request)
+    scheduler.step()
+    assert gone.reason == "cancelled"  # without waiting for a slot
     scheduler.run()
-    assert (gone.reason, long.reason) == ("cancelled", "length")
+    assert (fourth.reason, long.reason) == ("length", "length")
 
 
 def test_the_next_turn_reads_only_what_is_new():

@@ -83,8 +83,8 @@ def oracle_hidden(gpt, tokens, positions, monkeypatch):
         )
         for block in gpt.blocks:
             if gpt.config.streams > 1:
-                x = cut_streams(block.hyper_attention(x, lambda u, b=block: b.attention(u, cos, sin)))
-                x = cut_streams(block.hyper_feedforward(x, block.feedforward))
+                x = cut_streams(block.hyper_attention(x, lambda u, b=block: b.attention(u, cos, sin, lane=lane)))
+                x = cut_streams(block.hyper_feedforward(x, lambda u, b=block: b.feedforward(u, square)))
             else:
                 x = cut_streams(x + block.attention(x, cos, sin, lane=lane))
                 x = cut_streams(x + block.feedforward(x, square))
@@ -138,6 +138,7 @@ def compare(gpt, monkeypatch, count, batch=2, length=None, tolerance=1e-5):
         {"value_embeddings": 1},
         {"value_embeddings": 2, "value_embedding_layers": (0, 2), "value_embedding_width": 8},
         {"value_embeddings": 1, "value_gate": "input", "value_embedding_std": 0.5},
+        {"value_embeddings": 1, "streams": 2},
     ],
     ids=str,
 )

@@ -132,7 +132,7 @@ def test_the_other_weights_are_those_of_the_same_seed_without():
         assert torch.equal(weights[name], tensor), name
 
 
-@pytest.mark.parametrize("switches", [*FORMS, {"value_gate": "input"}], ids=str)
+@pytest.mark.parametrize("switches", [*FORMS, {"value_gate": "input"}, {"streams": 2}], ids=str)
 def test_decoding_step_by_step_is_the_whole_pass(switches):
     gpt = network(**switches)
     tokens = some_tokens(gpt.config, batch=1)
@@ -182,7 +182,6 @@ def test_a_head_of_multi_token_prediction_counts_the_lane():
         ({"value_embedding_width": 12}, r"must be a multiple of the head's width 8, at most 16"),
         ({"value_embedding_width": 24}, r"must be a multiple of the head's width 8, at most 16"),
         ({"value_gate": "dynamic"}, r"model.value_gate='dynamic' is unknown"),
-        ({"streams": 2}, r"does not work with mhc.streams=2"),
     ],
     ids=str,
 )

@@ -248,7 +248,8 @@ def test_bad_options(name, changes, message):
 
 def test_ties_to_bitsandbytes():
     """Blockwise linear codes: dequantised values within one code of bitsandbytes' own."""
-    functional = pytest.importorskip("bitsandbytes.functional")
+    from bitsandbytes import functional
+
     torch.manual_seed(0)
     x = torch.randn(64, BLOCK)
     theirs = functional.dequantize_blockwise(
@@ -260,8 +261,6 @@ def test_ties_to_bitsandbytes():
 
 @pytest.mark.parametrize(("rule", "plain"), [("adamw8bit", "adamw"), ("lion8bit", "lion")])
 def test_bitsandbytes_kernels_follow_the_32_bit_rule(rule, plain):
-    pytest.importorskip("bitsandbytes")
-
     def run(name, **options):
         torch.manual_seed(4)
         start, target = torch.randn(96, 128), torch.randn(96, 128)

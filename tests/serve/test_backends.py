@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 
 from nanochat.checkpoint import load_run
+from nanochat.data.tokenizer import BPE
 from nanochat.errors import UserError
 from nanochat.export.gguf import export_gguf
 from nanochat.inference import Request, Sampling, Scheduler
 from nanochat.serve.models import Settings, cached_gguf, load_model
+from tests.inference.helpers import write_run
+from tests.serve.conftest import CONFIG, TEXT, train
 
 PROMPTS = ["the quick", "one two three", "die", "over the lazy dog. die Straße", "seven eight", "\n"]
 
@@ -115,9 +119,34 @@ def test_what_llama_cpp_cannot_run_falls_to_ours(run, llama, tmp_path):
     folder = shutil.copytree(run, tmp_path / "copy")
     values = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps({**values, "softcap": 15.0}))
-    assert load_model(folder, Settings("auto", slots=1)).backend.name == "torch"
+    model = load_model(folder, Settings("auto", slots=1))
+    assert model.backend.name == "torch"
+    assert "model.softcap=15" in model.note
     with pytest.raises(UserError, match=r"model\.softcap=15"):
         load_model(folder, Settings("llama.cpp"))
+
+
+def test_a_run_folder_that_cannot_be_written(run, llama, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(folder / "serve", ignore_errors=True)
+    (folder / "serve").write_text("in the way")
+    path = cached_gguf(load_run(folder))
+    assert folder not in path.parents
+    model = load_model(folder, Settings("auto", slots=1))
+    assert model.backend.name == "llama.cpp"
+    model.backend.close()
+
+
+def test_value_embeddings_and_a_width_that_only_another_type_fits(llama, tmp_path):
+    """A lane of value embeddings, and matrices of q2_0: llama.cpp writes what ours writes."""
+    tokenizer = BPE(vocab_size=300).build([TEXT])
+    for name, changes in (("lane", {"value_embeddings": 1}), ("narrow", {"dim": 128, "n_heads": 2})):
+        gpt = train(dataclasses.replace(CONFIG, weight_block=128 if name == "narrow" else 256, **changes), tokenizer)
+        folder = write_run(tmp_path / name, gpt)
+        tokenizer.save(folder / "tokenizer.json")
+        ours, theirs = (load_model(folder, Settings(backend, slots=2)) for backend in ("torch", "llama.cpp"))
+        assert answers(ours, PROMPTS[:4], 12) == answers(theirs, PROMPTS[:4], 12)
+        theirs.backend.close()
 
 
 def test_our_own_files(run, tmp_path):

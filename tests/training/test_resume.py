@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from nanochat.errors import UserError
-from nanochat.run import train
+from nanochat.run import settle, train
 from nanochat.training.resume import check_resume, checkpoint_to_resume, differences
 from tests.runs import configure
 
@@ -33,7 +33,7 @@ def plain(place: Path, *overrides: str) -> dict[str, Any]:
     """The configuration as the run has it when it looks at the checkpoint."""
     cfg: Any = OmegaConf.to_container(configure(place, [*RUN, *overrides]), resolve=True)
     cfg["model"]["vocab_size"] = 257
-    return cfg
+    return settle(cfg)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,30 @@ def test_changes_that_are_refused(place: Path, saved: Path, override: str, line:
     assert line in str(caught.value)
 
 
+def test_fields_that_the_version_before_did_not_have(
+    place: Path, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are compared as what they mean there: no value embeddings, scales as float16 has them."""
+    content = torch.load(saved, weights_only=True)
+    model = content["hyper_parameters"]["cfg"]["model"]
+    for name in ("value_embeddings", "value_gate", "scale_format", "int8"):
+        del model[name]
+    torch.save(content, tmp_path / "old.ckpt")
+    with caplog.at_level(logging.WARNING):
+        check_resume(tmp_path / "old.ckpt", plain(place, "model.scale_format=float16", "model.int8=false"))
+    assert not caplog.text
+    with pytest.raises(UserError, match=r"model\.scale_format float16 -> bfloat16"):
+        check_resume(tmp_path / "old.ckpt", plain(place, "model.scale_format=bfloat16"))
+
+
+def test_another_machine_s_int8_units_warn(place: Path, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = plain(place)
+    settings["model"]["int8"] = not settings["model"]["int8"]
+    with caplog.at_level(logging.WARNING):
+        check_resume(saved, settings)
+    assert "not bit for bit, since these have changed: model.int8 " in caplog.text
+
+
 def test_all_changes_are_listed(place: Path, saved: Path) -> None:
     with pytest.raises(UserError, match=r"seed 0 -> 1; .*model\.n_layers 2 -> 3"):
         check_resume(saved, plain(place, "seed=1", "model.n_layers=3"))
@@ -75,7 +99,7 @@ def test_changes_that_are_fine(place: Path, saved: Path, override: str, caplog: 
     assert not caplog.text
 
 
-def test_another_length_is_told_since_every_rate_depends_on_it(
+def test_another_length_warns_since_every_rate_depends_on_it(
     place: Path, saved: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -83,7 +107,7 @@ def test_another_length_is_told_since_every_rate_depends_on_it(
     assert "trainer.max_steps 2 -> 10" in caplog.text
 
 
-def test_what_changes_the_bits_is_told(place: Path, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_changes_the_bits_warns(place: Path, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from typing import Any
@@ -16,9 +17,37 @@ from nanochat.training.callbacks.base import StepCallback
 
 log = logging.getLogger(__name__)
 
+LOSS_MEMORY = 0.9
+"""of the shown loss, what is kept at each step"""
+
+
+class DebiasedMean:
+    """An exponential mean of finite numbers, weighted so that the first ones count in full.
+
+    Args:
+        memory: the share of the past that each number leaves, in [0, 1).
+    """
+
+    def __init__(self, memory: float) -> None:
+        self.memory, self._total, self._weight = memory, 0.0, 0.0
+
+    def add(self, value: float) -> None:
+        """One more number; one that is not finite is left out."""
+        if math.isfinite(value):
+            self._total = self.memory * self._total + (1.0 - self.memory) * value
+            self._weight = self.memory * self._weight + (1.0 - self.memory)
+
+    @property
+    def value(self) -> float:
+        """NaN before the first."""
+        return self._total / self._weight if self._weight else math.nan
+
 
 class ProgressBar(StepCallback):
     """A bar on a terminal; elsewhere a line every few seconds. Place it after the throughput.
+
+    The loss is an exponential mean over about ten steps, free of the start's bias: that of a single micro-batch
+    scatters too much to be read.
 
     Args:
         every_n_seconds: between two lines in a log.
@@ -28,13 +57,13 @@ class ProgressBar(StepCallback):
         self.every_n_seconds = every_n_seconds
         self._bar: Progress | None = None
         self._task: Any = None
-        self._told = self._start = 0.0
+        self._logged = self._start = 0.0
         self._first = 0
-        self._validation = ""
+        self._loss = DebiasedMean(LOSS_MEMORY)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._told = self._start = time.monotonic()
+        self._logged = self._start = time.monotonic()
         self._first = trainer.global_step
         if sys.stderr.isatty():
             columns = (
@@ -50,18 +79,19 @@ class ProgressBar(StepCallback):
             self._bar.start()
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        numbers = self._numbers(pl_module.step_metrics)  # type: ignore[arg-type]
+        metrics: dict[str, float] = pl_module.step_metrics  # type: ignore[assignment]
+        self._loss.add(metrics.get("train/loss", math.nan))
+        numbers = self._numbers(metrics)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
-        elif time.monotonic() - self._told >= self.every_n_seconds or step == trainer.max_steps:
-            self._told = time.monotonic()
+        elif time.monotonic() - self._logged >= self.every_n_seconds or step == trainer.max_steps:
+            self._logged = time.monotonic()
             log.info("step %d/%d  %s  %s left", step, trainer.max_steps, numbers, self._left(trainer, step))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        self._validation = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
-        if self._validation and not trainer.sanity_checking:
-            log.info("step %d  %s", trainer.global_step, self._validation)
+        if found and not trainer.sanity_checking:
+            log.info("step %d  %s", trainer.global_step, "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._bar is not None:
@@ -72,7 +102,7 @@ class ProgressBar(StepCallback):
         self.teardown(trainer, pl_module, "fit")
 
     def _numbers(self, metrics: dict[str, float]) -> str:
-        parts = [f"loss {metrics.get('train/loss', float('nan')):.4f}"]
+        parts = [f"loss {self._loss.value:.4f}"]
         if "train/tokens_per_second" in metrics:
             parts.append(f"{metrics['train/tokens_per_second']:,.0f} tokens/s")
         if "train/mfu" in metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.errors import UserError
+from nanochat.errors import DivergedError, UserError
 from nanochat.run import train
 from nanochat.training.callbacks.checkpoint import Checkpoint
 from nanochat.training.module import NanoChatModule
@@ -29,7 +30,10 @@ def test_weights_that_are_not_finite_are_never_saved(place: Path, monkeypatch: p
 
     monkeypatch.setattr(NanoChatModule, "optimizer_step", optimizer_step)
     settings = [*BARE, "callbacks.guard.patience=100"]
-    train(configure(place, settings), place / "infinite")
+    with pytest.raises(DivergedError, match=r"val/bpb is nan at step 5; lower optim\.lr") as caught:
+        train(configure(place, settings), place / "infinite")
+    assert caught.value.exit_code == 1
+    assert json.loads((place / "infinite/summary.json").read_text())["status"] == "failed"
     assert {p.name for p in (place / "infinite/checkpoints").iterdir()} == {"last.ckpt", "step=2.ckpt"}
 
 

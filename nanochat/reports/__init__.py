@@ -1,0 +1,1 @@
+"""What a run and a sweep show at their end: tables, curves, cards."""

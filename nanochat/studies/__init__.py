@@ -1,0 +1,1 @@
+"""Repeated, paired runs that show whether a technique pays."""

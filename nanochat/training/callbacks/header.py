@@ -1,0 +1,77 @@
+"""The beginning of a run: what is about to be trained, and how long it will take."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+
+from nanochat.console import clock_time
+from nanochat.files import shown
+from nanochat.reports.header import describe_model, describe_optimizer, tokens_per_step
+from nanochat.training.callbacks.base import StepCallback
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 2  # steps whose time says little
+SAMPLE_SECONDS = 2.0  # of the steps that are timed after them
+
+
+class Header(StepCallback):
+    """Logs model, data, optimizer, precision, device, steps and folder before the first step, and how long the run will
+    take as soon as a few steps have been timed.
+
+    Args:
+        plain_cfg: the run's settled configuration.
+        data: its data module: `describe()`.
+    """
+
+    def __init__(self, plain_cfg: dict[str, Any], data: Any) -> None:
+        self.cfg, self.data = plain_cfg, data
+        self._shown = False
+        self._first = 0
+        self._timed_from: tuple[int, float] | None = None
+        self._estimated = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._first, self._timed_from = trainer.global_step, None
+        if self._shown or trainer.global_step >= trainer.max_steps >= 0:  # not again after a return to a checkpoint
+            return
+        self._shown = True
+        rows = [f"{name:<10} {text}" for name, text in self.rows(trainer, pl_module).items()]
+        log.info("About to train\n%s", "\n".join(rows))
+
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        if self._estimated or step < self._first + WARM_UP:
+            return
+        now, left = time.monotonic(), trainer.max_steps - step
+        if self._timed_from is None:
+            self._timed_from = (step, now)
+            return
+        since, start = self._timed_from
+        if now - start >= SAMPLE_SECONDS and left > 0:
+            self._estimated = True
+            took = clock_time((now - start) / (step - since) * left)
+            log.info("about %s for the %s steps left, without validations and saves", took, f"{left:,}")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._timed_from = None  # only steps in a row are timed
+
+    def rows(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
+        """Name -> text."""
+        settings, done = self.cfg["trainer"], trainer.global_step
+        return {
+            "model": describe_model(self.cfg, sum(p.numel() for p in module.parameters())),
+            "data": self.data.describe(),
+            "optimizer": describe_optimizer(self.cfg, trainer.optimizers),
+            "precision": str(settings.get("precision")),
+            "device": str(module.device),
+            "steps": f"{trainer.max_steps:,} of {tokens_per_step(self.cfg):,} tokens"
+                     f"{f'; {done:,} are done' if done else ''}",
+            "time": "estimated after the first steps",
+            "folder": shown(Path(trainer.default_root_dir)),
+        }  # fmt: skip

@@ -1,0 +1,72 @@
+"""What a run says before its first step."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nanochat.run import train
+from nanochat.training.callbacks import header
+from nanochat.training.callbacks.header import Header
+from nanochat.training.module import NanoChatModule
+from tests.runs import configure
+from tests.training.callbacks.short_runs import BARE
+
+
+def test_it_comes_before_the_first_step(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original, before = NanoChatModule.training_step, []
+
+    def training_step(self: NanoChatModule, *args: Any) -> Any:
+        before.append(caplog.text)
+        return original(self, *args)
+
+    monkeypatch.setattr(NanoChatModule, "training_step", training_step)
+    folder, settings = place / "header", [*BARE, "trainer.accumulate_grad_batches=2", "optim=muon"]
+    with caplog.at_level(logging.INFO):
+        train(configure(place, [*settings, "trainer.max_steps=2"]), folder)
+        for line in (
+            "model      run: ternary, 98,816 parameters, width 64, 2 layers",
+            "data       text: ",
+            "optimizer  adamw + muon, lr 0.02",
+            "precision  32-true",
+            "device     cpu",
+            "steps      2 of 128 tokens",
+            "time       estimated after the first steps",
+        ):
+            assert f"\n{line}" in before[0]
+        assert str(folder) in before[0] or f"folder     {header.shown(folder)}" in before[0]
+        caplog.clear()
+        train(configure(place, [*settings, "trainer.max_steps=3", "ckpt_path=last"]), folder)
+        assert "steps      3 of 128 tokens; 2 are done" in caplog.text
+        caplog.clear()
+        train(configure(place, [*settings, "trainer.max_steps=3", "ckpt_path=last"]), folder)
+        assert "About to train" not in caplog.text  # nothing is left to do
+
+
+def test_the_estimate_is_of_steps_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Steps of 0.5 s after a slow first one; a validation of 100 s."""
+    now = 0.0
+    monkeypatch.setattr(header.time, "monotonic", lambda: now)
+    trainer: Any = SimpleNamespace(global_step=0, max_steps=-1)
+    module: Any = None
+    callback = Header({}, None)
+    callback._shown = True
+    callback.on_train_start(trainer, module)
+    trainer.max_steps = 100
+    with caplog.at_level(logging.INFO):
+        for step in range(1, 20):
+            now += 20.0 if step == 1 else 0.5
+            callback.on_step_end(trainer, module, step)
+            if step == 4:
+                callback.on_validation_start(trainer, module)
+                now += 100.0
+    # timed from step 5 to step 9: 91 steps of 0.5 s are left, 45.5 s
+    assert [record.message for record in caplog.records] == [
+        "about 0:46 for the 91 steps left, without validations and saves"
+    ]
