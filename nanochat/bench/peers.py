@@ -224,7 +224,8 @@ def open_arms(peers: Sequence[Peer], compiled: bool, load: Load) -> Iterator[tup
                     except ArmFailed as error:
                         failed[arm_name(one, dtype, mode)] = str(error)
             if not mine:
-                raise UserError(f"{one.option}: no step of it ran ({next(reversed(failed.values()))}).")
+                reason = next(reason for name, reason in failed.items() if name.startswith(f"{one.name}, "))
+                raise UserError(f"{one.option}: no step of it ran ({reason}).")
             arms += mine
         yield arms, failed
 
