@@ -146,6 +146,7 @@ def test_a_crash_in_the_check_stops_the_run_too(runs, call: Call, monkeypatch, t
         (["+mtp=null"], "+mtp=off"),
         (["model.dmi=5"], "did you mean 'model.dim'"),
         (["x=="], "cannot be read"),
+        (["experiment//absolute/path=mine.yaml"], "name a folder of your own with --config-dir FOLDER"),
         (["-m", "optim=muon,mun"], "did you mean 'muon'"),
         (["optim=muon,adamw"], "add -m"),
         (["hydra.run.dir=/proc/no/such"], "/proc/no"),

@@ -175,6 +175,7 @@ def test_what_every_arm_is(monkeypatch):
     [
         ("--arms optim=muon", "changes nothing of the plain run"),
         ("--arms +mpt=on", "did you mean 'mtp'"),
+        ("--arms optim=adamw '+mpt=on optim=lion'", "--arms '+mpt=on optim=lion': +mpt=on"),
         ("--seeds 21", "21 must be at most 20"),
         ("--seeds 0", "0 must be a whole number"),
         ("seed=1", "seed=1 does not go with compare"),

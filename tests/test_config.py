@@ -405,7 +405,11 @@ STOPPING = ["callbacks.stop._target_=nanochat.training.callbacks.early_stopping.
         (["trainer.devices=2"], ["trainer.devices=2"]),
         (["trainer.max_time=soon"], ["trainer.max_time=soon", "DD:HH:MM:SS"]),
         (["trainer.accelerator=gpu0"], ["gpu0", "did you mean 'gpu'"]),
-        (["trainer.precision=16-mixed", "trainer.accelerator=cpu"], ["16-mixed", "needs a GPU"]),
+        (
+            ["trainer.precision=16-mixed"],
+            ["16-mixed", "gradients that are not scaled", "use bf16-mixed, 32-true or auto"],
+        ),
+        (["trainer.precision=transformer-engine"], ["needs the package transformer_engine"]),
         (["trainer.precision=fp16"], ["trainer.precision=fp16", "one of"]),
         (["optim.lr=-0.1"], ["optim.lr=-0.1", "negative"]),
         (["optim.lr=high"], ["optim.lr=high", "a number"]),

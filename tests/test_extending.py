@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from nanochat import launch
+from nanochat.data.sources import find
 from tests.runs import read_metrics, read_state, same
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +101,7 @@ def test_a_resume_is_exact(project: Path) -> None:
 
 def test_a_run_of_foreign_parts_is_extended(project: Path) -> None:
     shutil.copytree(project / "run", project / "longer")
-    run(COMMANDS[1].replace("--resume run", "--resume longer"), project)
+    run(COMMANDS[1].replace("--resume run", "--resume longer") + " logger.lines.path=longer/lines.jsonl", project)
     assert read_state(project / "longer")["global_step"] == 9
 
 
@@ -117,6 +118,7 @@ def forget() -> None:
     """The package, of which each test has a copy of its own."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "verses"]:
         del sys.modules[name]
+    find.cache_clear()
 
 
 def refused(capfd: pytest.CaptureFixture, *words: str) -> str:

@@ -47,7 +47,7 @@ def configure(overrides: Sequence[str], seconds: int) -> dict[str, Any]:
 
     Raises `UserError` for overrides of what the bench decides, and for data that are not a text.
     """
-    decided = ("trainer.max_time", "trainer.val_check_interval", "ckpt_path", "hydra.")
+    decided = ("trainer.max_time", "trainer.val_check_interval", "callbacks.metrics", "ckpt_path", "hydra.")
     for word in overrides:
         if word.lstrip("+~").startswith(decided):
             raise UserError(f"{word}: bench equal-time decides this itself; say --seconds for the time.")
@@ -106,7 +106,7 @@ def train_peer(one: Peer, compiled: bool, load: Load, data: DataModule, seconds:
             held = Path(place) / "validation.npz"
             batches = list(data.val_dataloader())
             arrays = {name: np.concatenate([b[name].numpy() for b in batches]) for name in ("tokens", "targets")}
-            np.savez(held, **arrays)
+            np.savez(held, tokens=arrays["tokens"], targets=arrays["targets"])
             try:
                 answer = best.ask(
                     "train",

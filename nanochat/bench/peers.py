@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -22,6 +23,7 @@ import torch
 
 from nanochat.bench import peer_worker
 from nanochat.bench.measure import paired_ratio, rounds, seconds
+from nanochat.device import product_seconds
 from nanochat.errors import UserError, did_you_mean
 from nanochat.model import GPTConfig
 
@@ -31,7 +33,7 @@ PACKAGE = {"litgpt": "litgpt/__init__.py", "karpathy": "nanochat/gpt.py"}
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "seq_len", "tied")
 OURS = "ours"
 HOPELESS = 4.0
-"""an arithmetic in which a peer's first step takes so many times its other's is not its best, and is left out"""
+"""an arithmetic whose products take so many times those of float32 is nobody's best, and is left out"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,14 @@ def add_peer_option(parser: argparse.ArgumentParser, needed: bool = False) -> No
         metavar="NAME=PATH[:PATH]",
         help=f"a clone of {' or '.join(PACKAGE)} to compare with, and folders with packages that it needs",
     )
+
+
+@functools.cache
+def times_slower(dtype: str, device: str) -> float:
+    """How many times as long a product takes as in float32, where that is not known beforehand: on CPUs."""
+    if dtype == "float32" or device != "cpu":
+        return 1.0
+    return product_seconds(getattr(torch, dtype)) / product_seconds(torch.float32)
 
 
 def arm_name(peer: Peer, dtype: str, compiled: bool) -> str:
@@ -201,29 +211,21 @@ def open_arms(peers: Sequence[Peer], compiled: bool, load: Load) -> Iterator[tup
         arms: list[Arm] = []
         for one in peers:
             mine: list[Arm] = []
-            eager: dict[str, float] = {}
-            for mode in (False, True) if compiled else (False,):
-                for dtype in DTYPES:
-                    name = arm_name(one, dtype, mode)
-                    if mode and HOPELESS * min(eager.values(), default=0.0) < eager.get(dtype, 0.0):
-                        failed[name] = "its eager step was too slow"
+            for dtype in DTYPES:
+                slower = times_slower(dtype, load.device)
+                for mode in (False, True) if compiled else (False,):
+                    if slower > HOPELESS:
+                        failed[arm_name(one, dtype, mode)] = f"a product takes {slower:.0f} times as long as in float32"
                         continue
                     try:
                         arm = stack.enter_context(Arm(one, dtype, mode, load))
-                        first = arm.seconds()
+                        arm.seconds()
+                        mine.append(arm)
                     except ArmFailed as error:
-                        failed[name] = str(error)
-                        continue
-                    if not mode:
-                        eager[dtype] = first
-                        ratio = first / min(eager.values())
-                        if ratio > HOPELESS:
-                            failed[name] = f"its first step took {ratio:.1f} times as long as in {DTYPES[0]}"
-                            arm.close()
-                            continue
-                    mine.append(arm)
+                        failed[arm_name(one, dtype, mode)] = str(error)
             if not mine:
-                raise UserError(f"{one.option}: no step of it ran ({next(reversed(failed.values()))}).")
+                reason = next(reason for name, reason in failed.items() if name.startswith(f"{one.name}, "))
+                raise UserError(f"{one.option}: no step of it ran ({reason}).")
             arms += mine
         yield arms, failed
 

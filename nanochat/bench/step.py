@@ -180,6 +180,11 @@ def bench_peers(
     return {"ours": {**settled, "ternary": config.ternary}, **figures}
 
 
+PEERS_NOTE = (
+    "The peers have their own optimizers and do not clip; karpathy's model has its own feed-forward and tables."
+)
+
+
 def show_peers(preset: str, optim: str, threads: int, figures: dict[str, Any]) -> None:
     """Print the comparison of one preset."""
     best = figures["best"].values()
@@ -194,10 +199,10 @@ def show_peers(preset: str, optim: str, threads: int, figures: dict[str, Any]) -
         for name, arm in figures["arms"].items()
     ]
     settled = ", ".join(f"{key}={value}" for key, value in figures["ours"].items())
-    notes = [f"{OURS}: optim={optim}, {settled}. The ratio is the median over the rounds of the seconds over ours."]
+    notes = [f"{OURS}: optim={optim}, {settled}. Ratios are medians over the rounds.", PEERS_NOTE]
     notes += [f"{name} did not run: {reason}" for name, reason in figures["failed"].items()]
     title = f"Training step, {preset}, {figures['tokens_per_step']:,} tokens a step, {threads} thread(s)"
-    show(title, ["arm", "parameters", "tokens/s", "ours is faster by", "its best"], rows, notes)
+    show(title, ["arm", "parameters", "tokens/s", "time of ours", "its best"], rows, notes)
 
 
 class _Clock(Callback):

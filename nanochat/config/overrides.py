@@ -55,6 +55,8 @@ class Overrides:
                 self._parsed.append(parser.parse_override(word))
             except HydraException:
                 text = "overrides are key=value, with quotes around values that have special characters."
+                if word.partition("=")[0].count("//"):
+                    text = "a group's options lie in its folder; name a folder of your own with --config-dir FOLDER."
                 self.problems.append(f"{word!r} cannot be read: {text}")
         self._searched = self._search_path()
         self._options = group_options([CONF, *search_path(self._searched)])

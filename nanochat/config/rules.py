@@ -210,8 +210,14 @@ def device_exists(values: Values) -> Iterator[Problem]:
         text = f"trainer.accelerator={device}: this machine has no such device; choose trainer=cpu or trainer=auto."
         yield Problem("trainer.accelerator", text)
     precision = str(trainer.get("precision", ""))
-    if precision.startswith("16") and (device == "cpu" or (device == "auto" and not cuda)):
-        text = f"trainer.precision={precision} needs a GPU; use bf16-mixed, 32-true or auto."
+    if precision in ("16", "16-mixed", "16-true"):
+        text = f"trainer.precision={precision} is too narrow for gradients that are not scaled"
+        yield Problem("trainer.precision", f"{text}; use bf16-mixed, 32-true or auto.")
+    elif precision.startswith("64") and (device == "mps" or (device == "auto" and mps and not cuda)):
+        text = f"trainer.precision={precision}: this device has no float64; use bf16-mixed, 32-true or auto."
+        yield Problem("trainer.precision", text)
+    elif precision.startswith("transformer-engine") and importlib.util.find_spec("transformer_engine") is None:
+        text = f"trainer.precision={precision} needs the package transformer_engine; use bf16-mixed, 32-true or auto."
         yield Problem("trainer.precision", text)
 
 

@@ -95,7 +95,10 @@ def _distinct(base: Sequence[str], arms: Mapping[str, list[str]]) -> Iterator[st
     """Names of the arms whose configuration is not the plain one's; composing finds their mistakes."""
     plain = compose_arm(base)
     for name, words in arms.items():
-        arm = plain if name == PLAIN else compose_arm(merged(base, words))
+        try:
+            arm = plain if name == PLAIN else compose_arm(merged(base, words))
+        except UserError as error:
+            raise UserError(f"--arms {name!r}: {error}") from error
         if other := [key for key in SAME if _at(arm, key) != _at(plain, key)]:
             raise UserError(f"--arms {name!r} changes {', '.join(other)}, which pairs must share.")
         if name == PLAIN or arm != plain:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nanochat.errors import UserError
+from nanochat.optim.optimizer import Optimizer
 from nanochat.run import train
 from nanochat.training.module import NanoChatModule
 from tests.runs import configure, read_metrics, read_state, same
@@ -83,3 +84,10 @@ def test_a_run_that_always_diverges_gives_up(place: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=r"diverges.*optim\.lr"):
         train(configure(place, settings), place / "diverged")
     assert json.loads((place / "diverged" / "summary.json").read_text())["status"] == "failed"
+
+
+def test_a_finite_norm_spares_quantised_states_a_look(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each look at the gradients is a host sync, and the guard's own is enough."""
+    monkeypatch.setattr(Optimizer, "gradients_fit", lambda self, groups: pytest.fail("looked"))
+    train(configure(place, [*BARE, "optim=muon8bit", "trainer.max_steps=2"]), place / "spared")
+    assert len([row for row in read_metrics(place / "spared") if row["train/loss"]]) == 2
