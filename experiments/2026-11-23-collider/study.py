@@ -9,7 +9,7 @@ SPARSITIES = (0.2, 0.4, 0.5)
 
 
 def main() -> None:
-    options = study_parser(__doc__, 120, ["experiment=tiny", "data.val_tokens=40000"])
+    options = study_parser(__doc__, 120, ["experiment=tiny", "model.value_embeddings=0", "data.val_tokens=40000"])
     options.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES)
     options.add_argument("--scores", nargs="+", default=["loss", "excess", "random"])
     options.add_argument("--clock", type=float, nargs="*", default=[0.4], help="sparsities compared at equal time, too")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nanochat.studies.cli import study, study_parser
 
+BASE = ["experiment=tiny", "model.value_embeddings=0", "data.val_tokens=40000"]
 ARMS = {
     "off": [],
     "2-streams": ["+mhc=on", "mhc.streams=2"],
@@ -12,5 +13,5 @@ ARMS = {
 }
 
 if __name__ == "__main__":
-    given = study_parser(__doc__, 120, ["experiment=tiny", "data.val_tokens=40000"]).parse_args()
+    given = study_parser(__doc__, 120, BASE).parse_args()
     study(given, ARMS, [arm for arm in ARMS if arm != "off"])

@@ -60,6 +60,8 @@ def drafting(results: list[Result]) -> None:
 
 
 if __name__ == "__main__":
-    given = study_parser(__doc__, 160, ["experiment=tiny", "data.val_tokens=40000"]).parse_args()
+    given = study_parser(
+        __doc__, 160, ["experiment=tiny", "model.value_embeddings=0", "data.val_tokens=40000"]
+    ).parse_args()
     found = study(given, ARMS, [arm for arm in ARMS if arm != "off"])
     drafting(found.equal["sequential"])
