@@ -131,6 +131,8 @@ def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
         raise UserError(f"--type {kind} is for ternary weights, and model.ternary=false; use --type f16 or f32.")
     if config.dim % BLOCK[kind] or config.stream_width % BLOCK[kind]:
         divisor = math.gcd(config.dim, config.stream_width)
+        if config.dim % BLOCK[kind]:  # a lane begins where a block does
+            width = f"model.dim is {config.dim}"
         smaller = [name for name in ("q2_0", "q4_0") if divisor % BLOCK[name] == 0]
         raise UserError(
             f"--type {kind} needs a width that is a multiple of {BLOCK[kind]}, and {width}; "

@@ -118,6 +118,8 @@ def test_gates_of_the_input_go_into_our_own_architecture(tmp_path, tokenizer_fil
         (replace(WIDE, value_embedding_width=64), "tq2_0",
          r"--type tq2_0 needs .* multiple of 256, and model.dim=256 and the lane of value embeddings "
          r"\(1 x model.value_embedding_width=64\) make 320; use --type q2_0, q4_0, f16 or f32"),
+        (replace(WIDE, dim=128, n_heads=4, n_kv_heads=4), "tq2_0",
+         r"--type tq2_0 needs a width that is a multiple of 256, and model.dim is 128; use"),
         (replace(WIDE, sub_norm=True, qk_norm=False, embedding_norm=False), "tq2_0",
          r"model.sub_norm=true together with model.value_embeddings=1"),
     ],
