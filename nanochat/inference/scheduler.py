@@ -115,6 +115,8 @@ class Scheduler:
             raise UserError(f"the prompt has {len(request.prompt)} tokens, and the context is {limit}.")
         if min(request.prompt) < 0 or max(request.prompt) >= self.backend.vocab_size:
             raise UserError(f"token ids must be from 0 to {self.backend.vocab_size - 1}.")
+        if any(token >= self.backend.vocab_size for token, _ in request.sampling.logit_bias):
+            raise UserError(f"logit_bias: token ids must be from 0 to {self.backend.vocab_size - 1}.")
 
     def submit(self, request: Request) -> None:
         """Put a request into the queue, from any thread; raises what `check` raises."""

@@ -49,6 +49,7 @@ BAD = {
     "stop": ("/v1/completions", completion('"stop": [""]'), 400, "stop"),
     "stream": ("/v1/completions", completion('"stream": 1'), 400, "stream"),
     "bias": ("/v1/completions", completion('"logit_bias": {"x": 1}'), 400, "logit_bias"),
+    "bias of no token": ("/v1/completions", completion('"logit_bias": {"99999": 1}'), 400, None),
     "model": ("/v1/completions", completion('"model": "../../etc/passwd"'), 404, "model"),
     "no messages": ("/v1/chat/completions", '{"messages": []}', 400, "messages"),
     "a file": (
