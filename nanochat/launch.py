@@ -76,6 +76,8 @@ class Hooks(Callback):
             with hydra_settings(config) as cfg:
                 folder = Path(HydraConfig.get().runtime.output_dir)
                 _launch.made = [path for path in (folder, *folder.parents) if not path.exists()]
+                if cfg.ckpt_path == "auto" and "${now:" in str(config.hydra.run._get_node("dir")._value()):
+                    raise UserError("ckpt_path=auto needs a folder that stays the same; give hydra.run.dir.")
                 _launch.checked = check(cfg)
                 _check_folder(folder)
                 run_lock.check_free(folder, try_later=cfg.ckpt_path == "auto")

@@ -124,6 +124,14 @@ def test_problems_stop_a_run_before_anything_is_written(runs, call: Call, tmp_pa
     assert folders(tmp_path) == []
 
 
+def test_auto_needs_a_folder_that_stays_the_same(runs, call: Call, tmp_path: Path) -> None:
+    code, _, stderr = call("ckpt_path=auto")
+    assert code == 2
+    assert stderr == "error: ckpt_path=auto needs a folder that stays the same; give hydra.run.dir.\n"
+    assert list(tmp_path.iterdir()) == []
+    assert call("ckpt_path=auto", "hydra.run.dir=here")[0] == 0
+
+
 def test_a_crash_in_the_check_stops_the_run_too(runs, call: Call, monkeypatch, tmp_path: Path) -> None:
     """Hydra swallows what a callback raises and trains on."""
 
