@@ -180,7 +180,7 @@ def test_bf16_with_mtp_and_accumulation():
         ({"sparsity": -0.1}, "collider.sparsity=-0.1"),
         ({"score": "entropy"}, "collider.score='entropy'"),
         ({"score": "excess"}, "collider.reference=RUN"),
-        ({"reference": "somewhere"}, "belong together"),
+        ({"score": "loss", "reference": "somewhere"}, "belong together"),
         ({"cache": "somewhere"}, "collider.reference=RUN too"),
         ({"warmup_steps": -1}, "collider.warmup_steps=-1"),
     ],
@@ -252,3 +252,9 @@ def test_reference_losses_are_the_reference_networks_own():
     with torch.no_grad():
         expected = F.cross_entropy(reference(tokens).mT, targets, ignore_index=IGNORED, reduction="none")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_score_that_is_not_named_follows_the_reference():
+    assert Collider().score == "random"
+    assert Collider(reference="a run").score == "excess"
+    assert Collider(score="loss").score == "loss"

@@ -82,7 +82,7 @@ def test_a_resume_without_the_feature_is_refused(run, place):
 
 
 @pytest.mark.parametrize(
-    "features", [BOTH, [*BOTH, "mtp.kind=parallel", "mtp.tokens=3", "collider.score=random"]], ids=["default", "other"]
+    "features", [BOTH, [*BOTH, "mtp.kind=parallel", "mtp.tokens=3", "collider.score=loss"]], ids=["default", "other"]
 )
 def test_resume_is_exact(run, place, features, monkeypatch):
     whole, folder = run(*features), place / f"resumed{len(features)}"
@@ -121,7 +121,8 @@ def test_the_filter_is_seen_by_training_alone(place, monkeypatch):
     watch("training_step", "train")
     watch("validation_step", "validate")
     settings = ["trainer.max_steps=20", "trainer.accumulate_grad_batches=1", "trainer.val_check_interval=10",
-                "callbacks.checkpoint.every_n_train_steps=100", "+collider=on", "collider.warmup_steps=50"]  # fmt: skip
+                "callbacks.checkpoint.every_n_train_steps=100", "+collider=on", "collider.warmup_steps=50",
+                "collider.score=loss"]  # fmt: skip
     train(configure(place, [*RUN, *settings]), place / "watched")
     # the warm-up is at most a tenth of the run
     assert seen["train"] == {(s, s >= 2, s >= 2) for s in range(20)}

@@ -32,8 +32,9 @@ class Collider(Callback):
 
     Args:
         sparsity: share of each sequence's tokens that get no backward, in [0, 1); 0 changes nothing at all.
-        score: `loss` keeps the hardest tokens; `excess` those whose loss exceeds a reference model's the most (Rho-1,
-            arXiv:2404.07965); `random` is the control.
+        score: `loss` keeps the hardest tokens (the paper's simple score, in our study the worst); `excess` those whose
+            loss exceeds a reference model's the most (Rho-1, arXiv:2404.07965); `random`. None: `excess` with a
+            reference, else `random`.
         reference: run folder or checkpoint of the reference model, of the same tokenizer (for `excess`).
         cache: folder in which the reference's losses are kept, so that later runs on the same data need not compute
             them.
@@ -44,11 +45,13 @@ class Collider(Callback):
     def __init__(
         self,
         sparsity: float = 0.4,
-        score: str = "loss",
+        score: str | None = None,
         reference: str | None = None,
         cache: str | None = None,
         warmup_steps: int = 100,
     ) -> None:
+        if score is None:
+            score = "excess" if reference else "random"
         problems = []
         if not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
             problems.append(f"collider.sparsity={sparsity!r} must lie in [0, 1) (0 is off).")
