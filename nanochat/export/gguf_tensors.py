@@ -15,6 +15,7 @@ from nanochat.export.gguf_reader import GGUFFile
 from nanochat.export.packing import BLOCK
 from nanochat.model.bitlinear import dequantise, ternarise
 from nanochat.model.config import VALUE_GATE_CHANNELS, GPTConfig
+from nanochat.model.value_embeddings import rounded_gain
 
 OWN = "nanochat"
 """name of the architecture that holds whatever this network can be, without folding or permuting"""
@@ -203,7 +204,7 @@ def slot_values(slot: Slot, config: GPTConfig, weights: Mapping[str, Tensor]) ->
         array = permute_heads(array, slot.permuted_heads)
     array = pad(array, slot)
     if slot.gain:
-        gains = weights[slot.gain].detach().cpu().to(torch.float16).float().numpy()
+        gains = rounded_gain(weights[slot.gain].detach().cpu().float()).numpy()
         rows = np.arange(len(gains) * config.head_dim)
         array[rows, slot.lane_start + rows] = gains.repeat(config.head_dim)
     return array

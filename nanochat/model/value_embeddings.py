@@ -38,10 +38,15 @@ def make_lane(values: Tensor, config: GPTConfig) -> Lane:
     return Lane(values, values.square().sum(-1, keepdim=True) if config.lane_width else None)
 
 
-class _Float16(torch.autograd.Function):
+def rounded_gain(gain: Tensor) -> Tensor:
+    """Gains as a file holds them: scales of a block, in float16; of the gains' own dtype."""
+    return gain.to(torch.float16).to(gain.dtype)
+
+
+class _RoundedGain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.to(torch.float16).to(x.dtype)
+    def forward(ctx, gain: Tensor) -> Tensor:
+        return rounded_gain(gain)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
@@ -67,9 +72,9 @@ class ValueEmbedding(nn.Module):
             self.gate = nn.Linear(VALUE_GATE_CHANNELS, heads, bias=False)
 
     def shipped_gain(self) -> Tensor:
-        """(heads,): the factors as the file holds them, scales of a block in float16; straight-through gradient."""
+        """(heads,): `rounded_gain` of the factors, with a straight-through gradient."""
         assert self.gain is not None
-        return _Float16.apply(self.gain)  # type: ignore[return-value]
+        return _RoundedGain.apply(self.gain)  # type: ignore[return-value]
 
     def forward(self, v: Tensor, x: Tensor, values: Tensor, scale: Tensor | None, int8: str) -> Tensor:
         """Add to the values of the first heads.

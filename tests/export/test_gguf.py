@@ -37,6 +37,16 @@ def mean_nll(logits, tokens):
     return float(F.cross_entropy(torch.from_numpy(logits[:-1]), tokens[1:]))
 
 
+def assert_likelihood_kept(run, path, corpus):
+    """llama.cpp gives the file's text the likelihood that the run does, within 0.5%."""
+    ours, theirs = [], []
+    with llama_cpp.LlamaModel(path, context=LENGTH) as model:
+        for window in corpus[-4 * LENGTH :].split(LENGTH):
+            ours.append(mean_nll(our_logits(run, window, "token"), window))
+            theirs.append(mean_nll(model.logits(window.tolist()), window))
+    assert np.mean(theirs) == pytest.approx(np.mean(ours), rel=5e-3)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_llama_cpp_computes_our_logits(name, runs, llama, corpus, tmp_path):
     run, tokens = runs(name), corpus[-LENGTH:]
@@ -56,12 +66,7 @@ def test_llama_cpp_computes_our_logits(name, runs, llama, corpus, tmp_path):
 def test_quantised_files_keep_the_likelihood(name, kind, runs, llama, corpus, tmp_path):
     run = runs(name)
     report = export.export_gguf(run, tmp_path / "model.gguf", kind)
-    ours, theirs = [], []
-    with llama_cpp.LlamaModel(report.path, context=LENGTH) as model:
-        for window in corpus[-4 * LENGTH :].split(LENGTH):
-            ours.append(mean_nll(our_logits(run, window, "token"), window))
-            theirs.append(mean_nll(model.logits(window.tolist()), window))
-    assert np.mean(theirs) == pytest.approx(np.mean(ours), rel=5e-3)
+    assert_likelihood_kept(run, report.path, corpus)
 
 
 @pytest.mark.parametrize("kind", export.TYPES)

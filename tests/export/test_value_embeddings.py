@@ -19,7 +19,7 @@ from nanochat.export.read_back import import_export, read_export
 from nanochat.export.verify import verify
 from nanochat.model import GPT
 from tests.export.conftest import BASE
-from tests.export.test_gguf import LENGTH, mean_nll, our_logits
+from tests.export.test_gguf import LENGTH, assert_likelihood_kept, our_logits
 from tests.inference.helpers import random_gpt, write_run
 
 WIDE = replace(BASE, n_kv_heads=4, value_embeddings=1)
@@ -60,12 +60,7 @@ def test_the_lane_takes_part(runs, llama, corpus, tmp_path):
 def test_ternary_files_keep_the_likelihood(name, kind, runs, llama, corpus, tmp_path):
     run = runs(f"value embeddings: {name}", LANES[name])
     report = export.export_gguf(run, tmp_path / "model.gguf", kind)
-    ours, theirs = [], []
-    with llama_cpp.LlamaModel(report.path, context=LENGTH) as model:
-        for window in corpus[-4 * LENGTH :].split(LENGTH):
-            ours.append(mean_nll(our_logits(run, window, "token"), window))
-            theirs.append(mean_nll(model.logits(window.tolist()), window))
-    assert np.mean(theirs) == pytest.approx(np.mean(ours), rel=5e-3)
+    assert_likelihood_kept(run, report.path, corpus)
 
 
 @pytest.mark.parametrize("kind", export.TYPES)
