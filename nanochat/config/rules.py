@@ -51,6 +51,8 @@ class Values:
 
 AT_LEAST_ONE = ("trainer.max_steps", "trainer.accumulate_grad_batches")
 NOT_NEGATIVE = ("trainer.gradient_clip_val", "optim.lr", "optim.weight_decay")
+CHECKPOINTING = ("none", "feedforward", "every_other", "block")
+"""`nanochat.model.checkpointing.MODES`, without torch"""
 DURATION = re.compile(r"\d+:\d\d:\d\d:\d\d")
 DEVICES = ("auto", "cpu", "cuda", "gpu", "mps")
 EARLY_STOPPING = "nanochat.training.callbacks.early_stopping.EarlyStopping"
@@ -84,6 +86,10 @@ def plain_keys(values: Values) -> Iterator[Problem]:
     mode = values.get("compile")
     if mode is not None and mode != "auto" and not isinstance(mode, bool):
         yield Problem("compile", f"compile={mode} must be auto, true or false.")
+    mode = values.get("activation_checkpointing")
+    if mode is not None and mode not in CHECKPOINTING:
+        hint = did_you_mean(str(mode), CHECKPOINTING)
+        yield Problem("activation_checkpointing", f"activation_checkpointing={mode} is unknown{hint}")
     path = values.get("ckpt_path")
     if path is None or path in ("last", "auto"):
         return

@@ -103,6 +103,7 @@ class Tape:
         self.kept = kept
         self.nodes: list[Node] = []
         self.sources: list[tuple[int, Tensor]] = []  # what the node in the autograd graph has as inputs
+        self._dtypes: list[tuple[int, torch.dtype]] = []  # of the sources
         self._keys = 0
         self._weights: dict[int, int] = {}  # id of a weight -> key
         self._wanted: set[int] = set()
@@ -149,6 +150,23 @@ class Tape:
         self._saved[rows.key] = rows.value
         self._uses[rows.key] = self._uses.get(rows.key, 0) + 1
         return rows.key
+
+    def save_constant(self, tensor: Tensor) -> int:
+        """Keep a tensor that is no row value, for one `fetch` of all of it."""
+        self._keys += 1
+        self._saved[self._keys], self._uses[self._keys] = tensor, 1
+        return self._keys
+
+    def leave(self) -> tuple[list[int], list[Tensor]]:
+        """The keys and tensors that the backward will read, for autograd to keep; the tape lets go of them."""
+        keys, values = list(self._saved), list(self._saved.values())
+        self._dtypes = [(key, tensor.dtype) for key, tensor in self.sources]
+        self._saved, self.sources = {}, []
+        return keys, values
+
+    def resume(self, keys: list[int], values: tuple[Tensor, ...]) -> None:
+        """Take back what `leave` gave."""
+        self._saved = dict(zip(keys, values, strict=True))
 
     def wants(self, key: int | None) -> bool:
         """Whether a gradient with this key is needed."""
@@ -206,11 +224,11 @@ class Tape:
                     before = gradients.get(key)
                     gradients[key] = g if before is None else before + g
         out = []
-        for key, tensor in self.sources:
+        for key, dtype in self._dtypes:
             g = gradients.get(key)
             if g is not None and key not in self._weights.values():
                 g = self.kept.scatter(g, length)
-            out.append(None if g is None else g.to(tensor.dtype))
+            out.append(None if g is None else g.to(dtype))
         return out
 
 
@@ -270,10 +288,11 @@ def _linear(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], outs:
     x_key, w_key = x.key, tape.weight(w)
     if w_key is not None:
         tape.save(x)
+    w_saved = tape.save_constant(w) if tape.wants(x_key) else None
 
     def backward(tape: Tape, g: Tensor) -> Gradients:
-        if tape.wants(x_key):
-            yield x_key, torch.matmul(g, w)
+        if w_saved is not None:
+            yield x_key, torch.matmul(g, tape.fetch(w_saved, all_rows=True))
         if w_key is not None:
             yield w_key, torch.mm(g.flatten(0, -2).t(), tape.fetch(x_key).flatten(0, -2))
 
@@ -308,9 +327,12 @@ def _int8_linear(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], 
     """Several integer products of the same rows, whose codes are made again."""
     x, weights, trits, scales = args
     x_key, w_keys = tape.save(x), [tape.weight(w) for w in weights]
+    integers = [tape.save_constant(t) for t in (*trits, *scales)]
 
     def backward(tape: Tape, *arrived: Tensor | None) -> Gradients:
         rows = tape.fetch(x_key)  # (B, K, d)
+        constants = [tape.fetch(key, all_rows=True) for key in integers]
+        trits, scales = constants[: len(w_keys)], constants[len(w_keys) :]
         wide, step = row_steps(rows.flatten(0, 1))
         codes = (wide / step).round_().to(torch.int8)
         known = [(g, t, s, key) for g, t, s, key in zip(arrived, trits, scales, w_keys, strict=True) if g is not None]
@@ -329,7 +351,8 @@ def _attention(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], ou
     def backward(tape: Tape, g: Tensor) -> Gradients:
         q, k, v = (tape.fetch(key, all_rows=i > 0) for i, key in enumerate(keys))
         dq, dk, dv = attention_backward(g, q, k, v, tape.kept.positions)
-        return zip(keys, (dq, tape.kept.gather(dk), tape.kept.gather(dv)), strict=True)
+        rows = dq, tape.kept.gather(dk), tape.kept.gather(dv)
+        return zip(keys, (d.to(t.dtype) for d, t in zip(rows, (q, k, v), strict=True)), strict=True)
 
     return backward
 
@@ -350,9 +373,14 @@ RULES: dict[Callable, Callable] = {
 
 
 class _Splice(torch.autograd.Function):
+    clear_saved_tensors_on_access = True  # the tape frees each of them as soon as it has been used
+
     @staticmethod
     def forward(ctx, tape: Tape, result: int, value: Tensor, *sources: Tensor) -> Tensor:
         ctx.tape, ctx.result = tape, result
+        # where others find them: activation checkpointing, which drops and recomputes them, and who counts memory
+        ctx.keys, values = tape.leave()
+        ctx.save_for_backward(*values)
         return value.detach()
 
     @staticmethod
@@ -360,6 +388,7 @@ class _Splice(torch.autograd.Function):
         if ctx.tape is None:
             raise RuntimeError("the compact backward frees what it reads: call backward a single time.")
         tape, ctx.tape = ctx.tape, None
+        tape.resume(ctx.keys, ctx.saved_tensors)
         return None, None, None, *tape.backward(ctx.result, gradient)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nanochat.errors import UserError
 from nanochat.model.attention import Attention, KeyValueCache
+from nanochat.model.checkpointing import Checkpointed, recomputed
 from nanochat.model.compact_backward import KeptRows, compact
 from nanochat.model.config import GPTConfig
 from nanochat.model.feedforward import FeedForward
@@ -17,7 +18,7 @@ from nanochat.model.rotary import rope_table
 from nanochat.model.value_embeddings import Lane, make_lane
 
 
-class Block(nn.Module):
+class Block(Checkpointed):
     """One layer: attention, then feed-forward, each added to the residual stream (or streams)."""
 
     def __init__(self, config: GPTConfig, layer: int, value_table: int | None = None) -> None:
@@ -53,14 +54,32 @@ class Block(nn.Module):
 
             return compact(rows, kept, u, *(t.expand(u.shape[0], -1, -1) for t in (cos, sin)), *beside)
 
-        def feedforward(u: Tensor) -> Tensor:
+        def ff_rows(u: Tensor, *square: Tensor) -> Tensor:
             return self.feedforward(u, *square) if kept is None else compact(self.feedforward, kept, u, *square)
+
+        def feedforward(u: Tensor) -> Tensor:
+            return recomputed(self.recompute == "feedforward", ff_rows, u, *square)
 
         if self.hyper_attention is None or self.hyper_feedforward is None:
             x = x + attention(x)  # (B, T, d)
             return x + feedforward(x)
         x = self.hyper_attention(x, attention)  # (n, B, T, d)
         return self.hyper_feedforward(x, feedforward)
+
+
+def through(
+    block: Block,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: KeyValueCache | None = None,
+    kept: KeptRows | None = None,
+    lane: Lane | None = None,
+) -> Tensor:
+    """`block.forward`, recomputed in the backward pass if the block says so, and compiled if it is."""
+    # the compact backward keeps a tape of its own, which a compiled block could not
+    forward = block if kept is None else block.forward
+    return recomputed(block.recompute == "block", forward, x, cos, sin, cache, kept, lane)
 
 
 @torch.no_grad()
@@ -169,11 +188,7 @@ class GPT(nn.Module):
             x = expand(x, self.config.streams)  # (n, B, T, d)
         kept = self.kept_rows if torch.is_grad_enabled() else None
         for block in self.blocks:
-            # the compact backward keeps a tape of its own, which a compiled block could not
-            if kept is None:
-                x = block(x, cos, sin, cache, lane=lane)
-            else:
-                x = block.forward(x, cos, sin, kept=kept, lane=lane)
+            x = through(block, x, cos, sin, cache, kept, lane)  # type: ignore[arg-type]
         return self.norm(reduce(x) if self.config.streams > 1 else x, None if lane is None else lane.square)
 
     def head_weight(self) -> Tensor:

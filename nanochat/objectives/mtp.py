@@ -19,7 +19,7 @@ from nanochat.model import GPTConfig
 from nanochat.model.attention import KeyValueCache
 from nanochat.model.bitlinear import BitLinear
 from nanochat.model.compact_backward import KeptRows
-from nanochat.model.gpt import Block, reset_blocks
+from nanochat.model.gpt import Block, reset_blocks, through
 from nanochat.model.norm import RMSNorm
 from nanochat.objectives.linear_cross_entropy import IGNORED, linear_cross_entropy
 from nanochat.objectives.sampling import draw, generator
@@ -73,7 +73,7 @@ class SequentialHead(nn.Module):
         """
         x = torch.cat((self.embedding_norm(embedded, square), self.hidden_norm(hidden)), dim=-1)  # (B, T, 2d)
         x = self.eh_proj(x)
-        return self.norm(self.block(x, cos, sin, cache, kept))
+        return self.norm(through(self.block, x, cos, sin, cache, kept))
 
 
 class ParallelHead(nn.Module):

@@ -30,6 +30,7 @@ from nanochat.checkpoint import CHECKPOINT_FORMAT
 from nanochat.config.features import build_objective, feature_nodes
 from nanochat.model import GPT, GPTConfig
 from nanochat.model.bitlinear import keep_trits
+from nanochat.model.checkpointing import set_checkpointing
 from nanochat.objectives import IGNORED, NextToken, Objective, Step, linear_cross_entropy
 from nanochat.training.rng import get_rng_state, set_rng_state
 
@@ -61,6 +62,7 @@ class NanoChatModule(lightning.LightningModule):
         self.objectives = nn.ModuleDict({"next_token": NextToken(config, seed=seed, **loss)})
         for name, node in feature_nodes(cfg, Objective).items():
             self.objectives[name] = build_objective(node, config=config, seed=seed)
+        set_checkpointing(self, cfg.get("activation_checkpointing") or "none")
         self.schedule = instantiate(cfg["schedule"])
         self.max_steps = int(cfg["trainer"]["max_steps"])
         self.rate_scale = rate_scale

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from nanochat.errors import UserError
 from nanochat.run import settle, train
 from nanochat.training.resume import check_resume, checkpoint_to_resume, differences
-from tests.runs import configure
+from tests.runs import configure, read_state, same
 
 RUN = ["trainer.max_steps=2", "~callbacks.sampler", "~callbacks.loss_plot", "~callbacks.progress"]
 
@@ -91,6 +91,7 @@ def test_all_changes_are_listed(place: Path, saved: Path) -> None:
     [
         "logger=none", "trainer.max_time=00:01:00:00", "data.val_tokens=100",
         "trainer.val_check_interval=7", "trainer.limit_val_batches=2", "task_name=other", "+mtp=off", "tags=[a]",
+        "activation_checkpointing=block",
     ],
 )  # fmt: skip
 def test_changes_that_are_fine(place: Path, saved: Path, override: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -173,3 +174,10 @@ def test_differences() -> None:
     assert differences("a", {"b": 1, "c": (1, 2)}, {"b": 1, "c": [1, 2]}) == []
     assert differences("a", {"b": None}, {}) == []
     assert differences("a", {"b": {"x": 1}}, {"b": 2}) == ["a.b.x 1 -> null"]
+
+
+def test_checkpointing_changes_no_bit_of_a_run(place: Path) -> None:
+    run = [*RUN, "+mtp=on", "+collider=on", "collider.warmup_steps=0", "model.value_embeddings=1", "+mhc=on"]
+    for mode in ("none", "block"):
+        train(configure(place, [*run, f"activation_checkpointing={mode}"]), place / f"recompute-{mode}")
+    same(read_state(place / "recompute-none"), read_state(place / "recompute-block"))
