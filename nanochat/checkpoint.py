@@ -248,7 +248,8 @@ def _warn_if_running(folder: Path, meta: dict[str, Any]) -> None:
         return
     _warned.add(folder.resolve())
     steps = ((meta["hyper_parameters"].get("cfg") or {}).get("trainer") or {}).get("max_steps", "?")
-    log.warning("%s is still running: this is step %s of %s.", folder, meta["step"], steps)
+    end = "" if steps == -1 else f" of {steps}"  # -1: the run ends with its time
+    log.warning("%s is still running: this is step %s%s.", folder, meta["step"], end)
 
 
 def _shape(tensor: Tensor) -> str:

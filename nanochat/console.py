@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from datetime import timedelta
+from typing import Any, NoReturn
 
 from nanochat.errors import UserError, did_you_mean
+
+CLOCK = re.compile(r"(\d+):(\d\d):(\d\d):(\d\d)")
+UNITS = re.compile(r"(?:([\d.]+)d)?(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?")
+SECONDS = (86400, 3600, 60, 1)
+"""of a day, an hour, a minute and a second, as the groups of both"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,6 +102,30 @@ def some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
     """Option type: names with commas between them, repeats left out."""
     check = one_of(known)
     return lambda text: list(dict.fromkeys(check(name) for name in text.split(",")))
+
+
+def duration(value: Any) -> float:
+    """The seconds of a length of time as users write it: `8h`, `90m`, `1d12h`, `DD:HH:MM:SS`, a timedelta or its
+    arguments.
+
+    Raises:
+        UserError: it is none of these, or not above 0.
+    """
+    text = str(value).strip().lower()
+    match = CLOCK.fullmatch(text) or UNITS.fullmatch(text.replace(" ", ""))
+    try:
+        if isinstance(value, timedelta):
+            found = value.total_seconds()
+        elif isinstance(value, dict):
+            found = timedelta(**value).total_seconds()
+        else:
+            parts = match.groups() if match else ()
+            found = sum(float(part) * unit for part, unit in zip(parts, SECONDS, strict=False) if part)
+    except (TypeError, ValueError, OverflowError):
+        found = 0.0
+    if not found > 0.0:
+        raise UserError(f"{value} must be a length of time above 0, such as 8h, 90m, 1h30m or DD:HH:MM:SS.")
+    return found
 
 
 def clock_time(seconds: float) -> str:

@@ -19,6 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from nanochat import run_lock
 from nanochat.config.check import Checked, check
 from nanochat.config.features import feature_nodes
+from nanochat.config.overrides import RESUME
+from nanochat.config.schema import set_by_user
 from nanochat.config.vocabulary import build_data, fit_vocabulary
 from nanochat.data import DataModule
 from nanochat.device import default_precision, find_device, has_int8_products
@@ -37,6 +39,9 @@ from nanochat.training.module import NanoChatModule, model_config
 from nanochat.training.resume import anchor_paths, check_resume, checkpoint_to_resume
 
 log = logging.getLogger(__name__)
+
+LENGTH = ("max_steps", "max_time")
+"""values of the trainer that a resume may change for good"""
 
 
 def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, float]:
@@ -78,7 +83,8 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
 
 def fit(folder: Path, plain: dict[str, Any], data: DataModule, checkpoint: Path | None) -> dict[str, float]:
     """Train from a checkpoint, or from the start, to the report; returns and raises as `train`."""
-    report, header = RunReport(folder, plain, data), Header(plain, data)
+    limit = time_limit(plain)
+    report, first = RunReport(folder, plain, data, limit), [*([limit] if limit else []), Header(plain, data)]
     trainer: Trainer | None = None
     loggers: list[Any] = []
     rate_scale = 1.0
@@ -86,7 +92,7 @@ def fit(folder: Path, plain: dict[str, Any], data: DataModule, checkpoint: Path 
         loggers = build_loggers(plain, folder)
         while True:
             module = NanoChatModule(plain, rate_scale)
-            trainer = build_trainer(plain, folder, loggers, header)
+            trainer = build_trainer(plain, folder, loggers, *first)
             try:
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
                 break
@@ -133,6 +139,8 @@ def settle(plain: dict[str, Any]) -> dict[str, Any]:
     """Decide every `auto` from the machine, and every relative path from the working folder."""
     plain = anchor_paths(plain)
     trainer = plain["trainer"]
+    if trainer.get("max_steps") is None or (plain["schedule"].get("horizon") == "time" and from_recipe("max_steps")):
+        trainer["max_steps"] = -1
     accelerator = trainer.get("accelerator") or "auto"
     device = find_device(accelerator)
     if accelerator == "auto":
@@ -147,19 +155,26 @@ def settle(plain: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def from_recipe(key: str) -> bool:
+    """Whether a value of the trainer comes from conf/, neither from the command line nor from a resumed run."""
+    if not HydraConfig.initialized() or HydraConfig.get().job.config_name == RESUME:
+        return False
+    return not set_by_user(f"trainer.{key}")
+
+
 def write_run_files(folder: Path, plain: dict[str, Any], data: DataModule) -> None:
     """config.yaml, tokenizer.json and model.json.
 
-    A resume keeps config.yaml but for the run's length: a run that was extended and then interrupted trains to its new
-    end, with the rates of the new length.
+    A resume keeps config.yaml but for the run's length (steps and time): a run that was extended and then interrupted
+    trains to its new end, with the rates of the new length.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "config.yaml"
         resolved = OmegaConf.create({k: v for k, v in plain.items() if k != "rate_scale"})
         if path.exists():
-            resolved, length = OmegaConf.load(path), resolved.trainer.max_steps
-            resolved.trainer.max_steps = length
+            resolved, length = OmegaConf.load(path), {key: resolved.trainer.get(key) for key in LENGTH}
+            resolved.trainer.update(length)
         with atomic_write(path) as file:
             file.write(OmegaConf.to_yaml(resolved).encode())
         data.tokenizer.save(folder / "tokenizer.json")
@@ -172,15 +187,14 @@ def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any], *firs
     """The Trainer with the callbacks that come first, the configured ones, and the features that are callbacks."""
     nodes = [*(plain.get("callbacks") or {}).values(), *feature_nodes(plain, Callback).values()]
     options = dict(plain["trainer"])
-    bar, limit = options.pop("enable_progress_bar", True), options.pop("max_time", None)
+    bar, _ = options.pop("enable_progress_bar", True), options.pop("max_time", None)  # see `time_limit`
     if isinstance(options.get("val_check_interval"), int):
         # Lightning counts micro-batches; ours are optimizer steps
         options["val_check_interval"] *= options.get("accumulate_grad_batches", 1)
     callbacks = [instantiate(node) for node in nodes if node]
     if not bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    # the time limit comes before what saves, a pending validation after what records it
-    callbacks = [*first, *([TimeLimit(limit)] if limit else []), *callbacks, PendingValidation()]
+    callbacks = [*first, *callbacks, PendingValidation()]  # after what records a validation
     return instantiate(
         options,
         callbacks=callbacks,
@@ -190,6 +204,12 @@ def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any], *firs
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
+
+
+def time_limit(plain: dict[str, Any]) -> TimeLimit | None:
+    """The callback of `trainer.max_time`, which comes before all others; None without one."""
+    limit, horizon = plain["trainer"].get("max_time"), plain["schedule"].get("horizon", "steps")
+    return TimeLimit(limit, horizon) if limit else None
 
 
 def clean_up(loggers: list[Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -17,6 +16,7 @@ from typing import Any, TypeGuard
 from nanochat.config.features import feature_nodes
 from nanochat.config.schema import UNRESOLVED, Problem, set_by_user
 from nanochat.config.vocabulary import SMALLEST_VOCABULARY, build_data, plan_vocabulary
+from nanochat.console import duration
 from nanochat.errors import ConfigError, UserError, did_you_mean
 
 
@@ -49,11 +49,10 @@ class Values:
         return value if isinstance(value, dict) and not self.bad(key) else {}
 
 
-AT_LEAST_ONE = ("trainer.max_steps", "trainer.accumulate_grad_batches")
+AT_LEAST_ONE = ("trainer.accumulate_grad_batches", "trainer.max_steps")
 NOT_NEGATIVE = ("trainer.gradient_clip_val", "optim.lr", "optim.weight_decay")
 CHECKPOINTING = ("none", "feedforward", "every_other", "block")
 """`nanochat.model.checkpointing.MODES`, without torch"""
-DURATION = re.compile(r"\d+:\d\d:\d\d:\d\d")
 DEVICES = ("auto", "cpu", "cuda", "gpu", "mps")
 EARLY_STOPPING = "nanochat.training.callbacks.early_stopping.EarlyStopping"
 
@@ -62,6 +61,8 @@ def counts(values: Values) -> Iterator[Problem]:
     """Counts that Lightning would refuse late, and rates."""
     for key in AT_LEAST_ONE:
         value = values.get(key)
+        if key == "trainer.max_steps" and _ends_with_time(values) and value in (None, -1):
+            continue
         given = value is not None or key == "trainer.max_steps"
         if given and not values.bad(key) and not (isinstance(value, int) and _is_whole(value) and value >= 1):
             yield Problem(key, f"{key}={'null' if value is None else value} must be a whole number of at least 1.")
@@ -135,6 +136,8 @@ def vocabulary_fits(values: Values) -> Iterator[Problem]:
 def warmup_fits(values: Values) -> Iterator[Problem]:
     """A preset's warm-up gives way to a short run; one that the user set does not."""
     steps, last = values.number("schedule.warmup_steps"), values.number("trainer.max_steps")
+    if _ends_with_time(values):  # a tenth of a time is not known in steps
+        return
     if steps is None or last is None or last < 1 or not set_by_user("schedule.warmup_steps"):
         return
     if steps > last:
@@ -160,8 +163,14 @@ def trainer_fits(values: Values) -> Iterator[Problem]:
         text = f"trainer.devices={devices} must be 1 (or a list of one index): a run trains on one device."
         yield Problem("trainer.devices", text)
     limit = trainer.get("max_time")
-    if limit is not None and not isinstance(limit, dict) and not DURATION.fullmatch(str(limit).strip()):
-        yield Problem("trainer.max_time", f"trainer.max_time={limit} must be DD:HH:MM:SS, such as '00:01:30:00'.")
+    if limit is not None:
+        try:
+            duration(limit)
+        except UserError as error:
+            yield Problem("trainer.max_time", f"trainer.max_time={error}")
+    elif _ends_with_time(values):
+        text = "schedule.horizon=time needs the time: trainer.max_time=8h, for example."
+        yield Problem("trainer.max_time", text)
     device = trainer.get("accelerator", "auto")
     if isinstance(device, str) and device not in DEVICES:
         text = f"trainer.accelerator={device} is unknown{did_you_mean(device, DEVICES)}"
@@ -280,6 +289,10 @@ def _planned(values: Values) -> dict[str, Any]:
 
 def _options(node: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in node.items() if not key.startswith("_")}
+
+
+def _ends_with_time(values: Values) -> bool:
+    return values.get("schedule.horizon") == "time"
 
 
 def _is_whole(value: Any) -> TypeGuard[int]:

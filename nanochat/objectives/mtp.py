@@ -132,7 +132,7 @@ class MultiTokenPrediction(Objective):
         make = {"sequential": SequentialHead, "parallel": ParallelHead}.get(kind)
         self.heads = nn.ModuleList(make(config, source) for _ in range(tokens)) if make else nn.ModuleList()
 
-    def weights(self, step: int, max_steps: int) -> list[float]:
+    def weights(self, step: int, max_steps: float) -> list[float]:
         """Weight of each further token at an optimizer step; they add up to `weight` at the start."""
         total = sum(DECAY**i for i in range(self.tokens))
         return [

@@ -29,7 +29,7 @@ class Step:
     """the tokens' value embeddings, if the model has any"""
     step: int = 0
     """optimizer steps done before this micro-batch"""
-    max_steps: int = 1
+    max_steps: float = 1
     micro_step: int = 0
     """micro-batches consumed before this one: with the seed, the whole randomness of an objective"""
     eot_id: int | None = None

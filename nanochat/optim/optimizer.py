@@ -87,7 +87,7 @@ class Optimizer(torch.optim.Optimizer):
         # fused kernels do not: what is kept of a weight until it changes (its trits) goes by its version
         torch.autograd.graph.increment_version(parameters)
 
-    def set_progress(self, step: int, max_steps: int, schedule: Callable[[int, int], float]) -> None:
+    def set_progress(self, step: int, max_steps: float, schedule: Callable[[int, float], float]) -> None:
         """Set every rate for a step, as functions of (step, max_steps) alone.
 
         Args:

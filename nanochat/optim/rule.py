@@ -48,7 +48,7 @@ class Rule:
     def check(self, group: Group, name: str, parameter: Tensor) -> None:
         """Raise `UserError` when a parameter cannot have this rule with the group's options."""
 
-    def set_progress(self, group: Group, step: int, max_steps: int) -> None:
+    def set_progress(self, group: Group, step: int, max_steps: float) -> None:
         """Set what else follows the step, such as a momentum during its warm-up; called when the rates are set."""
 
     def init(self, parameter: Tensor, group: Group, index: int) -> State:

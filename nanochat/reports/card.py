@@ -35,14 +35,15 @@ class RunReport:
         folder: the run's folder.
         plain_cfg: its resolved configuration.
         data: its data module: `describe()` and `compression` (compressor -> bits per byte of the validation text).
+        limit: its time limit, if it has one: `elapsed()`, `seconds` and `horizon`.
 
     Build it when the run starts: it takes the time. summary.json is one flat mapping: `status` (finished, stopped,
     failed), `step`, the last metrics by their names in metrics.csv, `parameters`, `tokens`, `seconds`, `data`,
-    `overrides`, `command`, `commit`.
+    `overrides`, `command`, `commit`; of a run with a time limit `trained_seconds` and `max_seconds`, too.
     """
 
-    def __init__(self, folder: Path, plain_cfg: dict[str, Any], data: Any) -> None:
-        self.folder, self.cfg, self.data = Path(folder), plain_cfg, data
+    def __init__(self, folder: Path, plain_cfg: dict[str, Any], data: Any, limit: Any = None) -> None:
+        self.folder, self.cfg, self.data, self.limit = Path(folder), plain_cfg, data, limit
         self.start = time.monotonic()
         self.parameters: int | None = None
 
@@ -105,6 +106,9 @@ class RunReport:
             "commit": commit(),
             "torch": str(torch.__version__),
         }
+        if self.limit is not None:
+            content["trained_seconds"] = round(self.limit.elapsed(), 3)
+            content["max_seconds"] = self.limit.seconds
         if not content["compression"]:
             del content["compression"]
         if error is not None:
@@ -132,6 +136,9 @@ class RunReport:
             f"{trainer.global_step:,} steps, {self._tokens(trainer):,} tokens; this session took "
             f"{clock_time(time.monotonic() - self.start)}",
         )
+        if self.limit is not None:
+            used, whole = self.limit.elapsed(), self.limit.seconds
+            table.add_row("time", f"{clock_time(used)} of {clock_time(whole)} used, {used / whole:.1%}")
         if "train/tokens_per_second" in metrics:
             wait = metrics.get("train/data_wait", 0.0)
             table.add_row("speed", f"{metrics['train/tokens_per_second']:,.0f} tokens/s, {wait:.1%} waiting for data")
@@ -147,13 +154,19 @@ class RunReport:
         if last.exists():
             prompt = "def " if self.cfg["data"].get("corpus") in ("stdlib", "code") else "The "
             table.add_row("next", f"nanochat generate {place} --prompt '{prompt}'")
-            table.add_row("", f"nanochat train --resume {place} trainer.max_steps={2 * trainer.global_step}")
+            table.add_row("", f"nanochat train --resume {place} {self._longer(trainer)}")
             table.add_row("", f"nanochat export {place}")
         console = Console(highlight=False)
         if not console.is_terminal:
             console.width = 120
         console.print()
         console.print(table)
+
+    def _longer(self, trainer: Trainer) -> str:
+        """The override that makes the run twice as long."""
+        if self.limit is not None and self.limit.horizon == "time":
+            return f"trainer.max_time={math.ceil(2 * self.limit.seconds)}s"
+        return f"trainer.max_steps={2 * trainer.global_step}"
 
 
 def overrides() -> list[str]:

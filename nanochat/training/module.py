@@ -64,7 +64,8 @@ class NanoChatModule(lightning.LightningModule):
             self.objectives[name] = build_objective(node, config=config, seed=seed)
         set_checkpointing(self, cfg.get("activation_checkpointing") or "none")
         self.schedule = instantiate(cfg["schedule"])
-        self.max_steps = int(cfg["trainer"]["max_steps"])
+        self.max_steps: float = int(cfg["trainer"]["max_steps"] or -1)
+        """of the run; where it ends with its time, an estimate that `TimeLimit` makes before each step"""
         self.rate_scale = rate_scale
         self.step_metrics: dict[str, float] = {}
         self.validated_at: int | None = None
@@ -117,7 +118,7 @@ class NanoChatModule(lightning.LightningModule):
         """One optimizer step, with every rate set as a function of (step, max_steps) alone."""
         done = self.global_step
 
-        def schedule(step: int, max_steps: int) -> float:
+        def schedule(step: int, max_steps: float) -> float:
             return self.rate_scale * self.schedule(step, max_steps)
 
         optimizer.set_progress(done, self.max_steps, schedule)  # type: ignore[attr-defined]

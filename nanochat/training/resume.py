@@ -149,6 +149,8 @@ def check_resume(path: Path, plain_cfg: dict[str, Any]) -> None:
         for line in differences(key, lookup(saved, key), lookup(plain_cfg, key))
     ]
     changed = [line for line in changed if line.split()[0] not in WARN_IF_CHANGED]
+    if isinstance(saved.get("schedule"), dict):
+        saved["schedule"] = {"horizon": "steps", **saved["schedule"]}  # an older version had no other
     changed += differences("tokenizer", saved.get("tokenizer"), plain_cfg.get("tokenizer"))
     optim = differences("optim", saved.get("optim"), plain_cfg.get("optim"))
     # rates are not part of the optimizer's state; everything else says what the state means
@@ -161,6 +163,9 @@ def check_resume(path: Path, plain_cfg: dict[str, Any]) -> None:
         )
     inexact = [line for key in WARN_IF_CHANGED for line in differences(key, lookup(saved, key), lookup(plain_cfg, key))]
     inexact += rates
+    if lookup(plain_cfg, "schedule.horizon") == "time":
+        key = "trainer.max_time"
+        inexact += differences(key, lookup(saved, key), lookup(plain_cfg, key))
     here = {"threads": torch.get_num_threads(), "compile": bool(plain_cfg.get("compile") is True),
             "torch": str(torch.__version__)}  # fmt: skip
     inexact += [line for key, value in here.items() for line in differences(key, run.get(key), value)]

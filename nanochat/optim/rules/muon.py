@@ -77,7 +77,7 @@ class Muon(Rule):
     def check(self, group: Group, name: str, parameter: Tensor) -> None:
         check_matrix(group, name, parameter)
 
-    def set_progress(self, group: Group, step: int, max_steps: int) -> None:
+    def set_progress(self, group: Group, step: int, max_steps: float) -> None:
         warm_up_momentum(group, step)
 
     def init(self, parameter: Tensor, group: Group, index: int) -> State:

@@ -100,7 +100,8 @@ class Collider(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
         """Choose how this micro-batch is filtered."""
-        if not self.sparsity or trainer.global_step < min(self.warmup_steps, trainer.max_steps // 10):
+        done = trainer.global_step
+        if not self.sparsity or (done < self.warmup_steps and 10 * (done + 1) <= pl_module.max_steps):  # type: ignore[operator]
             return
         shape = batch["targets"].shape
         count = kept_count(shape[1], self.sparsity)

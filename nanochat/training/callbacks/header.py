@@ -13,6 +13,7 @@ from nanochat.console import clock_time
 from nanochat.files import shown
 from nanochat.reports.header import describe_model, describe_optimizer, tokens_per_step
 from nanochat.training.callbacks.base import StepCallback
+from nanochat.training.callbacks.time_limit import find_limit
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,8 @@ class Header(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._first, self._timed_from = trainer.global_step, None
-        if self._shown or trainer.global_step >= trainer.max_steps >= 0:  # not again after a return to a checkpoint
-            return
+        if self._shown or trainer.should_stop or trainer.global_step >= trainer.max_steps >= 0:
+            return  # not again after a return to a checkpoint
         self._shown = True
         rows = [f"{name:<10} {text}" for name, text in self.rows(trainer, pl_module).items()]
         log.info("About to train\n%s", "\n".join(rows))
@@ -48,18 +49,40 @@ class Header(StepCallback):
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         if self._estimated or step < self._first + WARM_UP:
             return
-        now, left = time.monotonic(), trainer.max_steps - step
+        now, left, limit = time.monotonic(), trainer.max_steps - step, find_limit(trainer)
         if self._timed_from is None:
             self._timed_from = (step, now)
             return
         since, start = self._timed_from
-        if now - start >= SAMPLE_SECONDS and left > 0:
-            self._estimated = True
-            took = clock_time((now - start) / (step - since) * left)
+        if now - start < SAMPLE_SECONDS:
+            return
+        pace = (now - start) / (step - since)
+        self._estimated = True
+        if limit is not None and not 0 < left * pace <= limit.left():
+            time_left = clock_time(limit.left())
+            log.info(
+                "about %s steps in the %s left, without validations and saves", f"{limit.left() / pace:,.0f}", time_left
+            )
+        elif left > 0:
+            took = clock_time(pace * left)
             log.info("about %s for the %s steps left, without validations and saves", took, f"{left:,}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._timed_from = None  # only steps in a row are timed
+
+    @staticmethod
+    def _steps(trainer: Trainer) -> str:
+        if trainer.max_steps <= 0:
+            return "as many as fit,"
+        return f"{'at most ' if find_limit(trainer) else ''}{trainer.max_steps:,}"
+
+    @staticmethod
+    def _time(trainer: Trainer) -> str:
+        limit = find_limit(trainer)
+        if limit is None:
+            return "estimated after the first steps"
+        used = f", {clock_time(limit.elapsed())} of it used" if limit.elapsed() >= 1.0 else ""
+        return f"{clock_time(limit.seconds)}{used}; the last validation and save are within it"
 
     def rows(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
         """Name -> text."""
@@ -70,8 +93,8 @@ class Header(StepCallback):
             "optimizer": describe_optimizer(self.cfg, trainer.optimizers),
             "precision": str(settings.get("precision")),
             "device": str(module.device),
-            "steps": f"{trainer.max_steps:,} of {tokens_per_step(self.cfg):,} tokens"
+            "steps": f"{self._steps(trainer)} of {tokens_per_step(self.cfg):,} tokens"
                      f"{f'; {done:,} are done' if done else ''}",
-            "time": "estimated after the first steps",
+            "time": self._time(trainer),
             "folder": shown(Path(trainer.default_root_dir)),
         }  # fmt: skip

@@ -10,10 +10,11 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from nanochat.console import clock_time
 from nanochat.training.callbacks.base import StepCallback
+from nanochat.training.callbacks.time_limit import find_limit
 
 log = logging.getLogger(__name__)
 
@@ -71,22 +72,23 @@ class ProgressBar(StepCallback):
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]} left"),
             )
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             total = trainer.max_steps if trainer.max_steps > 0 else None
-            self._task = self._bar.add_task("training", total=total, completed=self._first, numbers="")
+            self._task = self._bar.add_task("training", total=total, completed=self._first, numbers="", left="?")
             self._bar.start()
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         metrics: dict[str, float] = pl_module.step_metrics  # type: ignore[assignment]
         self._loss.add(metrics.get("train/loss", math.nan))
         numbers = self._numbers(metrics)
+        end, left = self._end(trainer, pl_module), self._left(trainer, step)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=numbers)
+            self._bar.update(self._task, completed=step, total=end, numbers=numbers, left=left)
         elif time.monotonic() - self._logged >= self.every_n_seconds or step == trainer.max_steps:
             self._logged = time.monotonic()
-            log.info("step %d/%d  %s  %s left", step, trainer.max_steps, numbers, self._left(trainer, step))
+            log.info("step %d/%s  %s  %s left", step, "?" if end is None else end, numbers, left)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
@@ -109,6 +111,16 @@ class ProgressBar(StepCallback):
             parts.append(f"MFU {metrics['train/mfu']:.1%}")
         return "  ".join(parts)
 
+    @staticmethod
+    def _end(trainer: Trainer, module: LightningModule) -> int | None:
+        """The run's steps, estimated where it ends with its time."""
+        limit = find_limit(trainer)
+        if limit is None or limit.horizon == "steps":
+            return trainer.max_steps if trainer.max_steps > 0 else None
+        steps = float(module.max_steps)  # type: ignore[arg-type]
+        return round(steps) if math.isfinite(steps) else None
+
     def _left(self, trainer: Trainer, step: int) -> str:
-        per_step = (time.monotonic() - self._start) / max(1, step - self._first)
-        return clock_time(per_step * max(0, trainer.max_steps - step))
+        per_step, limit = (time.monotonic() - self._start) / max(1, step - self._first), find_limit(trainer)
+        ends = [per_step * max(0, trainer.max_steps - step)] if trainer.max_steps > 0 else []
+        return clock_time(min([*ends, limit.left()] if limit else ends, default=0.0))
