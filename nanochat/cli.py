@@ -12,6 +12,7 @@ from nanochat.errors import UserError, did_you_mean, print_error
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("nanochat.launch:main", "train a model, or go on with a run: --resume RUN"),
     "compare": ("nanochat.studies.cli:main", "does a technique pay here? matched runs, paired seeds, one table"),
+    "report": ("nanochat.studies.report:main", "one page about runs, a sweep or a comparison: verdict, table, curves"),
     "generate": ("nanochat.inference.cli:main", "text from a trained model"),
     "serve": ("nanochat.serve.cli:main", "a chat page and an OpenAI-compatible server for trained models"),
     "chat": ("nanochat.serve.chat:main", "talk to a trained model in the terminal"),

@@ -9,20 +9,17 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from torch import Tensor
 
 from nanochat.config.compose import compose
 from nanochat.config.vocabulary import plan_vocabulary
 from nanochat.console import Parser
 from nanochat.device import find_device
 from nanochat.export.gguf_tensors import mtp_heads
+from nanochat.export.sizes import file_bits, part_of
 from nanochat.optim import Optimizer
 from nanochat.reports.table import Table
 from nanochat.run import settle
 from nanochat.training.module import NanoChatModule
-
-TQ2_0_BITS = 2.0625  # two bits a weight and a float16 scale for 256
-EMBEDDING_BITS = 8.5  # Q8_0
 
 
 @dataclass
@@ -32,40 +29,6 @@ class Part:
     parameters: int = 0
     optimizer_bytes: int = 0
     file_bytes: float = 0.0
-
-
-def part_of(name: str) -> str:
-    """The row of the table that a parameter of the LightningModule belongs to."""
-    if name.startswith("objectives."):
-        return f"{name.split('.')[1]} heads"
-    if name.startswith("gpt.embedding."):
-        return "embedding"
-    if name.startswith("gpt.value_embedding.") or ".attention.value." in name:
-        return "value embeddings"
-    if name.startswith("gpt.head."):
-        return "head"
-    if "hyper_" in name:
-        return "hyper-connections"
-    if name.endswith("norm.weight"):
-        return "norms"
-    if ".attention." in name:
-        return "attention"
-    if ".feedforward." in name:
-        return "feed-forward"
-    return "other"
-
-
-def file_bits(name: str, parameter: Tensor, ternary: bool, heads: bool) -> float:
-    """Bits of each element in a GGUF file of type tq2_0 (q8_0 for a float model's matrices).
-
-    heads: those of multi-token prediction go into the file.
-    """
-    part = part_of(name)
-    if part.endswith(" heads") and not heads:
-        return 0.0
-    if parameter.ndim != 2 or part == "hyper-connections":
-        return 32.0
-    return TQ2_0_BITS if ternary and part not in ("embedding", "head", "value embeddings") else EMBEDDING_BITS
 
 
 def planned_optimizer(cfg: dict[str, Any], module: NanoChatModule) -> Optimizer:

@@ -137,6 +137,9 @@ def test_real_runs(tmp_path, capsys):
     assert len(before) == 4
     assert "bits per byte" in capsys.readouterr().out
     assert f"| {ARM} |" in (out / "comparison.md").read_text()
+    assert nanochat.cli.main(["report", str(out)]) == 0
+    assert f"{ARM} (" in capsys.readouterr().out
+    assert (out / "report.html").stat().st_size > 10_000
     # another comparison does not take these runs for its own
     assert nanochat.cli.main([*words, "--steps", "5"]) == 2
     assert "holds another run" in capsys.readouterr().err

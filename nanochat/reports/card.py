@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -17,11 +19,19 @@ from lightning import Trainer
 from rich.console import Console
 from rich.table import Table
 
+from nanochat import __version__
+from nanochat.config.schema import in_sweep
 from nanochat.console import clock_time
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, shown
 from nanochat.reports.curves import curve
-from nanochat.reports.header import describe_model, describe_optimizer, tokens_per_step
+from nanochat.reports.header import (
+    describe_machine,
+    describe_model,
+    describe_optimizer,
+    peak_resident_bytes,
+    tokens_per_step,
+)
 from nanochat.reports.loggers import log_summary
 from nanochat.run_folder import read_metrics
 
@@ -39,7 +49,8 @@ class RunReport:
 
     Build it when the run starts: it takes the time. summary.json is one flat mapping: `status` (finished, stopped,
     failed), `step`, the last metrics by their names in metrics.csv, `parameters`, `tokens`, `seconds`, `data`,
-    `overrides`, `command`, `commit`; of a run with a time limit `trained_seconds` and `max_seconds`, too.
+    `overrides`, `command`, `commit`, `machine`, the versions; of a single run `peak_resident_bytes`, and of one with a
+    time limit `trained_seconds` and `max_seconds`, too.
     """
 
     def __init__(self, folder: Path, plain_cfg: dict[str, Any], data: Any, limit: Any = None) -> None:
@@ -102,13 +113,18 @@ class RunReport:
             "compression": dict(self.data.compression) if status == "finished" else {},
             "task_name": self.cfg.get("task_name"),
             "overrides": overrides(),
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "commit": commit(),
+            "nanochat": __version__,
             "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "machine": describe_machine(trainer.strategy.root_device),
         }
         if self.limit is not None:
             content["trained_seconds"] = round(self.limit.elapsed(), 3)
             content["max_seconds"] = self.limit.seconds
+        if not in_sweep() and (peak := peak_resident_bytes()):  # the jobs of a sweep share a process
+            content["peak_resident_bytes"] = peak
         if not content["compression"]:
             del content["compression"]
         if error is not None:

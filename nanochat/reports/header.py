@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
+
+from nanochat.device import capabilities
 
 
 def describe_model(plain_cfg: dict[str, Any], parameters: int | None) -> str:
@@ -26,3 +32,24 @@ def tokens_per_step(plain_cfg: dict[str, Any]) -> int:
     """Tokens of one optimizer step."""
     data, trainer = plain_cfg["data"], plain_cfg["trainer"]
     return int(trainer.get("accumulate_grad_batches", 1)) * int(data["batch_size"]) * int(data["seq_len"])
+
+
+def describe_machine(device: torch.device) -> str:
+    """What the run computed on."""
+    system = f"{platform.system()} {platform.machine()}"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {system}"
+    name = capabilities().get("cpu_name") or platform.processor() or "CPU"
+    kind = "" if device.type == "cpu" else f" ({device.type})"
+    return f"{name}{kind}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads; {system}"
+
+
+def peak_resident_bytes() -> int | None:
+    """The most memory that this process has held; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else 1024 * found

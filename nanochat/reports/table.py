@@ -80,7 +80,9 @@ class Table:
 
 
 def _markdown(cell: str) -> str:
-    return " ".join(cell.replace("\\", "\\\\").replace("|", "\\|").splitlines())
+    for mark in "\\|<":  # a backslash first; what looks like HTML is text
+        cell = cell.replace(mark, f"\\{mark}")
+    return " ".join(cell.splitlines())
 
 
 def show(

@@ -94,21 +94,34 @@ def interval(results: Sequence[Result], plain: Sequence[Result]) -> tuple[float,
 
     The half is infinite for a single pair.
     """
-    gaps = [a.bpb - b.bpb for a, b in zip(results, plain, strict=True)]
-    if len(gaps) < 2:
-        return gaps[0], float("inf")
-    return statistics.mean(gaps), STUDENT[len(gaps) - 2] * statistics.stdev(gaps) / len(gaps) ** 0.5
+    return mean_interval([a.bpb - b.bpb for a, b in zip(results, plain, strict=True)])
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of independent values, and half the width of its 95% interval (Student's t; infinite for one value)."""
+    if len(values) < 2:
+        return values[0], float("inf")
+    quantile = STUDENT[min(len(values), MOST_SEEDS) - 2]  # beyond the table a little too wide
+    return statistics.mean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
 
 
 def difference(results: Sequence[Result], plain: Sequence[Result]) -> str:
     """The interval in words; less is better."""
-    mean, half = interval(results, plain)
+    return in_words(*interval(results, plain))
+
+
+def in_words(mean: float, half: float) -> str:
+    """A difference with its interval, where there is one."""
     return f"{mean:+.4f}" if half == float("inf") else f"{mean:+.4f} ± {half:.4f}"
 
 
 def verdict(results: Sequence[Result], plain: Sequence[Result]) -> str:
     """What the interval shows."""
-    mean, half = interval(results, plain)
+    return judge(*interval(results, plain))
+
+
+def judge(mean: float, half: float) -> str:
+    """What a difference shows of which less is better."""
     if half == float("inf"):
         return "one seed: no verdict"
     return "no difference shown" if abs(mean) <= half else "better" if mean < 0 else "worse"

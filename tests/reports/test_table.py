@@ -21,7 +21,7 @@ def test_markdown_keeps_its_columns():
         "| arm | value | said |",
         "| --- | ---: | --- |",
         "| a\\|b | 1.25 | [bold] |",
-        "| <script> | 1234567 | two lines |",
+        "| \\<script> | 1234567 | two lines |",
     ]
     assert lines[-1] == "a <note>"
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from nanochat.inference.scheduler import Token
 from nanochat.serve.app import ServerSettings
@@ -18,20 +16,6 @@ from tests.serve.conftest import serve
 
 EVIL = "Hi **there** <script>window.broken = 1</script><img src=x onerror='window.broken = 1'> [x](javascript:broken)"
 CODE = "\n```python\nprint('<b>')\n```\nend"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Debian's Chromium; skipped only where it is not installed, and never in CI."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        if os.environ.get("CI"):
-            pytest.fail("there is no Chromium: make browser installs it.")
-        pytest.skip("NO CHROMIUM, THE CHAT PAGE IS NOT PROVEN HERE: make browser installs it.")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,179 @@
+"""`nanochat report`: what is averaged, what is said beside it, and what is refused."""
+
+from __future__ import annotations
+
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nanochat.cli
+from nanochat.errors import UserError
+from nanochat.studies import findings
+from nanochat.studies.evidence import groups_of, read_runs
+from nanochat.studies.report import Report
+from tests.reports.folders import TEXT, write_run, write_sweep
+
+
+def groups(*folders: Path, against: str | None = None):
+    return groups_of(read_runs(folders), against)
+
+
+def cells(table, row=-1):
+    return dict(zip(table.headings, table.rows[row], strict=True))
+
+
+def test_means_differences_and_verdict(tmp_path):
+    """Against numpy, with Student's quantile of two degrees of freedom."""
+    [group] = groups(write_sweep(tmp_path / "sweep"))
+    assert [arm.name for arm in group.arms] == ["optim=adamw", "optim=muon"]
+    muon, gaps = np.array([1.5, 2.4, 3.3]), np.array([-0.5, -0.6, -0.7])
+    row = cells(findings.result(group))
+    assert row["seeds"] == "3"
+    assert row["bits per byte"] == f"{muon.mean():.4f} ± {4.303 * muon.std(ddof=1) / 3**0.5:.4f}"
+    assert row["difference"] == f"{gaps.mean():+.4f} ± {4.303 * gaps.std(ddof=1) / 3**0.5:.4f}"
+    assert row["verdict"] == "better"
+    assert findings.verdict(group) == f"optim=muon ({row['difference']}) is better than optim=adamw, in bits per byte."
+    assert findings.question([group]) == "Is optim=muon better than optim=adamw, at equal steps?"
+    cost = cells(findings.cost(group, {}))
+    assert cost["trained for"] == "4.0 s"  # 40 steps of 100 tokens at 1000 a second
+    assert (cost["tokens"], cost["tokens/s"]) == ("4,000", "1,000")
+    chosen, derived = findings.differences(group)
+    assert list(chosen.rows) == [["optim", "adamw", "muon"]]
+    assert list(derived.rows) == [["optim.groups.matrices.rule", "adamw", "muon"]]
+
+
+def test_the_arm_to_compare_with(tmp_path):
+    sweep = write_sweep(tmp_path / "sweep")
+    [group] = groups(sweep, against="optim=muon")
+    assert cells(findings.result(group))["verdict"] == "worse"
+    with pytest.raises(UserError, match="there are optim=adamw, optim=muon"):
+        groups(sweep, against="muon")
+    write_run(tmp_path / "features" / "0", 1.0, words=["+mtp=on"], optim="a")
+    write_run(tmp_path / "features" / "1", 1.0, words=["+mtp=off"], optim="b")
+    assert groups(tmp_path / "features")[0].reference.name == "+mtp=off"
+
+
+def test_what_has_no_result_is_listed_and_not_averaged(tmp_path):
+    sweep = write_sweep(tmp_path / "sweep")
+    write_run(sweep / "6", None, 3, ["optim=muon"])
+    write_run(sweep / "7", 1.0, 4, ["optim=muon"], status="failed", error="RuntimeError: out\nof memory")
+    write_run(sweep / "8", 1.0, 5, ["optim=muon"], status="stopped", step=7)
+    half = write_run(sweep / "9", 1.0, 6, ["optim=muon"])
+    (half / "summary.json").write_text('{"status": "fin')
+    foreign = sweep / "10"
+    foreign.mkdir()
+    (foreign / "config.yaml").write_text("name: another program\n")
+    bomb = sweep / "11"
+    bomb.mkdir()
+    (bomb / "config.yaml").write_text("a: &a [1, 2]\nb: *a\nmodel: {}\n")
+    (sweep / "12").mkdir()
+    row = "13,optim=muon seed=9,,,,,,no text.\n"
+    (sweep / "sweep.csv").write_text("job,overrides,val/loss,val/bpb,tokens,bytes,folder,error\n" + row)
+    [group] = groups(sweep)
+    result = findings.result(group)
+    assert result.rows[1][:3] == ["optim=muon", "3 of 8", "2.4000 ± 2.2359"]
+    missing = findings.left_out([group])
+    assert missing is not None
+    reasons = {Path(row[3]).name: row[2] for row in missing.rows}
+    assert reasons == {
+        "6": "its val/bpb is not a number",
+        "7": "failed: RuntimeError: out of memory",
+        "8": "stopped at step 7",
+        "9": "stopped at step 40",
+        "10": "is not a run of nanochat",
+        "11": "its config.yaml is not one that nanochat writes",
+        "12": "holds no run",
+        "13": "failed: no text.",
+    }
+
+
+def test_different_texts_are_set_apart(tmp_path):
+    first = write_run(tmp_path / "a", 1.0, 0)
+    other = write_run(tmp_path / "b", 2.0, 1, paths="b")
+    grown = write_run(tmp_path / "c", 3.0, 2, text=TEXT.replace("54", "99"))  # the same folder, with more in it
+    found = groups(first, other, grown)
+    assert [[[run.seed for run in arm.good] for arm in group.arms] for group in found] == [[[0]], [[2]], [[1]]]
+    assert "3 different texts" in findings.warnings(found)[0]
+    page = Report(found, "x").html()
+    assert page.count('<p class="verdict">') == 3
+
+
+def test_arms_without_a_common_seed(tmp_path):
+    write_run(tmp_path / "s" / "0", 1.0, 0, ["optim=a"], optim="a")
+    write_run(tmp_path / "s" / "1", 2.0, 1, ["optim=b"], optim="b")
+    [group] = groups(tmp_path / "s")
+    assert cells(findings.result(group))["verdict"] == "no common seed"
+    assert "Nothing" not in findings.verdict(group)
+    assert "no seed in common" in findings.verdict(group)
+    assert any("no seed in common" in text for text in findings.warnings([group]))
+
+
+def test_unequal_lengths_and_places_are_said(tmp_path):
+    write_run(tmp_path / "s" / "0", 1.0, 0, ["trainer.max_steps=40"])
+    write_run(tmp_path / "s" / "1", 0.9, 0, ["trainer.max_steps=80"], steps=80, commit="def")
+    [group] = groups(tmp_path / "s")
+    assert [arm.name for arm in group.arms] == ["40 steps", "80 steps"]
+    said = " ".join(findings.warnings([group]))
+    assert "not trained for the same number of steps" in said
+    assert "different commits" in said
+    assert findings.question([group]).endswith("than 40 steps?")
+
+
+def test_a_run_of_before_and_a_single_run(tmp_path):
+    run = write_run(tmp_path / "run", 1.25)
+    [group] = groups(run)
+    assert findings.verdict(group) == "tiny reaches 1.2500 bits per byte, one seed."
+    assert findings.question([group]) == "How good is tiny?"
+
+
+@pytest.mark.parametrize(("name", "said"), [("nowhere", "there is no folder"), ("empty", "has no runs in it")])
+def test_mistakes(name, said, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert nanochat.cli.main(["report", str(tmp_path / name)]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_a_page_that_cannot_be_written(tmp_path, capsys):
+    run = write_run(tmp_path / "run", 1.25)
+    assert nanochat.cli.main(["report", str(run), "--html", str(tmp_path / "no" / "page.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+EVIL = "task_name=<script>window.broken=1</script>|`*_x_*`"
+
+
+def test_names_are_text_everywhere(tmp_path, capsys):
+    write_run(tmp_path / "s" / "0", 1.0, 0, [EVIL], optim="a")
+    write_run(tmp_path / "s" / "1", 2.0, 0, ["optim=b"], optim="<img src=x>")
+    words = ["report", str(tmp_path / "s"), "--md", str(tmp_path / "page.md"), "--question", "<i>Why?</i>"]
+    assert nanochat.cli.main(words) == 0
+    assert "<script>" in capsys.readouterr().out
+    tags: list[str] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            tags.append(tag)
+
+    Reader().feed((tmp_path / "s" / "report.html").read_text())
+    assert tags.count("script") == 1
+    assert not {"img", "i", "b"} & set(tags)
+    markdown = (tmp_path / "page.md").read_text()
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert all(line.replace("\\|", "").count("|") in (4, 6, 7, 8) for line in table)
+    assert "\\<i>Why?" in markdown
+
+
+def test_twelve_runs_take_seconds(tmp_path, capsys):
+    sweep = tmp_path / "sweep"
+    for i in range(12):
+        write_run(sweep / str(i), 1.0 + i, i % 2, [f"optim={i // 2}"], optim=str(i // 2), steps=2000)
+    start = time.monotonic()
+    assert nanochat.cli.main(["report", str(sweep)]) == 0
+    assert time.monotonic() - start < 10
+    assert (sweep / "report.html").stat().st_size < 1e6
