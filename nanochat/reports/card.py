@@ -159,7 +159,9 @@ class RunReport:
             wait = metrics.get("train/data_wait", 0.0)
             table.add_row("speed", f"{metrics['train/tokens_per_second']:,.0f} tokens/s, {wait:.1%} waiting for data")
         if metrics.get("skipped_steps"):
-            table.add_row("skipped", f"{metrics['skipped_steps']:,.0f} steps without a finite gradient")
+            spikes = metrics.get("spikes", 0.0)
+            bad = f"{metrics['skipped_steps'] - spikes:,.0f} steps without a finite gradient"
+            table.add_row("skipped", f"{bad}, {spikes:,.0f} that stood out" if "spikes" in metrics else bad)
         if "val/loss" in metrics:
             table.add_row("val/loss", f"{metrics['val/loss']:.4f} nats per token")
         if "val/bpb" in metrics:

@@ -106,6 +106,10 @@ class NanoChatModule(lightning.LightningModule):
             self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
         return self._gradient_norm
 
+    def step_loss(self) -> Tensor:
+        """The mean next-token loss of this optimizer step's micro-batches so far, 0-d."""
+        return self._sums["train/loss"] / self._micro_batches
+
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:

@@ -1,13 +1,18 @@
-"""Steps whose gradient is not finite are dropped; a row of them ends the attempt."""
+"""Steps whose gradient is not finite, or that stand out, are dropped; a row of the first ends the attempt."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from nanochat.errors import UserError
+from nanochat.training.callbacks.spikes import SpikeWindow
+
+log = logging.getLogger(__name__)
 
 RATE_FACTOR = 0.5
 """the learning rate's factor at each return to a checkpoint"""
@@ -47,12 +52,20 @@ class NonFiniteGuard(Callback):
     Args:
         patience: dropped steps in a row after which the run goes back to its last checkpoint with half the rates.
         max_rollbacks: how often it does so before it gives up.
+        spike_sigma: drop a step, too, whose loss or gradient norm lies so many standard deviations above the recent
+            ones, see `SpikeWindow`; None: only what is not finite. Spikes do not count for `patience`.
+        spike_window: recent steps for it.
+
+    Both decisions take the one host sync that the first needs. `spikes`, how many there were, is in the metrics where
+    they are looked for; they are part of `skipped_steps`.
 
     Raises:
         NonFiniteError: `patience` steps in a row were dropped.
     """
 
-    def __init__(self, patience: int = 10, max_rollbacks: int = 3) -> None:
+    def __init__(
+        self, patience: int = 10, max_rollbacks: int = 3, spike_sigma: float | None = None, spike_window: int = 128
+    ) -> None:
         if patience < 1 or max_rollbacks < 0:
             raise UserError(
                 f"callbacks.guard.patience={patience} must be at least 1, and "
@@ -60,19 +73,49 @@ class NonFiniteGuard(Callback):
             )
         self.patience, self.max_rollbacks = patience, max_rollbacks
         self.streak = 0
+        self.window = None if spike_sigma is None else SpikeWindow(spike_sigma, spike_window)
+        self.spikes = 0
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if bool(torch.isfinite(pl_module.gradient_norm())):  # type: ignore[operator]
+        finite, spike = self._look(trainer, pl_module)
+        if finite:
             self.streak = 0
-            optimizer.skip_next = False  # saves quantised states a look at the gradients, and a host sync
+            self.spikes += spike
+            optimizer.skip_next = spike  # False saves quantised states a look at the gradients, and a host sync
             return
         optimizer.skip_next = True
         self.streak += 1
         if self.streak >= self.patience:
             raise NonFiniteError(trainer.global_step, self.streak, self.max_rollbacks)
 
+    def _look(self, trainer: Trainer, module: LightningModule) -> tuple[bool, bool]:
+        """Whether the step is finite, and whether it stands out."""
+        norm: Tensor = module.gradient_norm()  # type: ignore[operator]
+        if self.window is None:
+            return bool(torch.isfinite(norm)), False
+        loss: Tensor = module.step_loss()  # type: ignore[operator]
+        if trainer.world_size > 1:
+            loss = trainer.strategy.reduce(loss, reduce_op="mean")  # type: ignore[assignment]
+        finite, spike = torch.stack([torch.isfinite(norm + loss), self.window.is_spike(loss, norm)]).tolist()
+        if spike:
+            log.warning("Step %d stands out and is skipped: loss %.4g, gradient norm %.4g.",
+                        trainer.global_step + 1, loss.item(), norm.item())  # fmt: skip
+        if finite:
+            self.window.add(loss, norm)
+        return finite, spike
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.window is not None:
+            pl_module.step_metrics["spikes"] = self.spikes  # type: ignore[index, operator]
+
     def state_dict(self) -> dict[str, Any]:
-        return {"streak": self.streak}
+        window = {} if self.window is None else {"window": self.window.state_dict(), "spikes": self.spikes}
+        return {"streak": self.streak, **window}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.streak = int(state_dict["streak"])
+        if self.window is not None and "window" in state_dict:
+            self.window.load_state_dict(state_dict["window"])
+            self.spikes = int(state_dict["spikes"])
