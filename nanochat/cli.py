@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("nanochat.export.cli:verify_main", "compare an exported file with its run"),
     "import": ("nanochat.export.cli:import_main", "read an exported file back as a run"),
     "data": ("nanochat.data.cli:main", "prepare a corpus and say what is in it"),
+    "zoo": ("nanochat.zoo.cli:main", "trained models with card and hashes: list, get, add, push, card"),
     "params": ("nanochat.params:main", "parameters and memory of a model, by part"),
     "bench": ("nanochat.bench.cli:main", "the measurements behind the figures of the README"),
     "doctor": ("nanochat.doctor:main", "versions, device, what works, and a training smoke test"),

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 
 from nanochat.bench.measure import clock, network, report
-from nanochat.checkpoint import Run, load_run
+from nanochat.checkpoint import Run
 from nanochat.console import Parser, count
 from nanochat.data.tokenizer import Byte
 from nanochat.errors import UserError
 from nanochat.export.gguf import check_type, export_gguf
 from nanochat.export.llama_cpp import RELEASE, LlamaModel, fetch
+from nanochat.export.open_run import open_run
 from nanochat.export.packing import TYPES
 from nanochat.inference.engine import Decoder, inference_copy
 from nanochat.model import GPT
 from nanochat.reports.table import show
+from nanochat.zoo.store import SCHEME
 
 PROMPT = 64  # tokens
 
@@ -60,7 +62,7 @@ def own_speed(run: Run, decoded: int) -> tuple[float, float]:
 def main(argv: list[str]) -> int:
     """Print the table."""
     parser = Parser("bench export", __doc__)
-    parser.add_argument("models", nargs="*", default=["tiny", "d20", "nano-125m"], help="presets, or run folders")
+    parser.add_argument("models", nargs="*", default=["tiny", "d20", "nano-125m"], help="presets, runs, zoo:NAME")
     parser.add_argument("--tokens", type=count, default=64, help="tokens to write (64)")
     parser.add_argument("--threads", type=count, default=1, help="of either program (1)")
     options = parser.parse_args(argv)
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> int:
     for name in options.models:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            run = load_run(name) if Path(name).exists() else random_run(name, folder)
+            run = open_run(name) if Path(name).exists() or name.startswith(SCHEME) else random_run(name, folder)
             decoded = min(options.tokens, run.config.seq_len - PROMPT)
             if decoded < 1:
                 raise UserError(f"{name} has a context of {run.config.seq_len} tokens; {PROMPT + 1} are needed.")

@@ -17,6 +17,12 @@ def _summary(folder: Path) -> dict[str, Any]:
     return flat
 
 
+def run_settings(run: Run) -> dict[str, Any]:
+    """The configuration in a run's checkpoint; empty without one."""
+    settings: dict[str, Any] = run.meta.get("hyper_parameters") or {}
+    return settings.get("cfg", settings)
+
+
 def size_label(parameters: int) -> str:
     """3670016 -> "3.7M"."""
     for divisor, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
@@ -30,8 +36,7 @@ def model_card(run: Run, name: str | None = None, licence: str | None = None) ->
 
     name: by default the run's `task_name`, else its folder's; licence: an SPDX identifier.
     """
-    settings: dict[str, Any] = run.meta.get("hyper_parameters") or {}
-    settings = settings.get("cfg", settings)
+    settings = run_settings(run)
     summary = _summary(run.folder)
     parameters = sum(parameter.numel() for parameter in run.gpt.parameters())
     steps = run.meta.get("step", 0)

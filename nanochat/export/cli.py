@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanochat.checkpoint import load_run
 from nanochat.console import Parser, one_of
 from nanochat.errors import UserError
 from nanochat.export.gguf import ExportReport, check_target, default_type, export_gguf
 from nanochat.export.gguf_tensors import OWN
 from nanochat.export.huggingface import export_huggingface
 from nanochat.export.hyper_connections import records_of, write_mhc
+from nanochat.export.open_run import RUN_HELP, open_run
 from nanochat.export.packing import EMBEDDING_TYPES, TYPES
 from nanochat.export.read_back import import_export
 from nanochat.export.verify import verify
+from nanochat.zoo.store import located
 
 _PROGRAMS = {
     "gguf": "runs in stock llama.cpp and what is built on it (Ollama, LM Studio, ...)",
@@ -26,7 +27,7 @@ _PROGRAMS = {
 def export_parser() -> Parser:
     """Options of `nanochat export`."""
     options = Parser("export", "Write a trained model for other programs.", as_json=False)
-    options.add_argument("run", help="run folder (outputs/latest) or .ckpt file")
+    options.add_argument("run", help=RUN_HELP)
     options.add_argument("--to", type=one_of(_PROGRAMS), default="gguf", help=f"format: {', '.join(_PROGRAMS)} (gguf)")
     options.add_argument(
         "--type",
@@ -47,13 +48,14 @@ def export_parser() -> Parser:
 def export_main(argv: Sequence[str]) -> int:
     """Run `nanochat export`; raises `UserError` for what the user can mend."""
     options = export_parser().parse_args(argv)
-    run = load_run(options.run, options.checkpoint)
+    run = open_run(options.run, options.checkpoint)
+    home = Path() if run.checkpoint.suffix == ".gguf" else run.folder
     if options.to == "safetensors":
         if options.embedding_type:
             raise UserError("--embedding-type is for GGUF files; safetensors has one type, --type f32 or f16.")
         report = export_huggingface(
             run,
-            options.out or run.folder / "huggingface",
+            options.out or home / "huggingface",
             "f32" if options.type == "auto" else options.type,
             force=options.force,
         )
@@ -63,7 +65,7 @@ def export_main(argv: Sequence[str]) -> int:
         stem = f"{OWN}-{kind}" if own else f"model-{kind}"
         report = export_gguf(
             run,
-            options.out or run.folder / f"{stem}.gguf",
+            options.out or home / f"{stem}.gguf",
             kind,
             options.embedding_type,
             own=own,
@@ -92,8 +94,8 @@ def _print_report(report: ExportReport, programs: str) -> None:
 def verify_parser() -> Parser:
     """Options of `nanochat verify`."""
     options = Parser("verify", "Check an exported file: structure, hash, and the same logits.", as_json=False)
-    options.add_argument("file", type=Path, help="GGUF file or safetensors folder")
-    options.add_argument("--run", help="compare with this run")
+    options.add_argument("file", type=Path, help="GGUF file, zoo:NAME, or safetensors folder")
+    options.add_argument("--run", help="compare with this run (or zoo:NAME)")
     options.add_argument("--checkpoint", default="last", metavar="STEP", help="of the run: last, or a kept step")
     options.add_argument("--tensors", action="store_true", help="list every tensor")
     return options
@@ -102,7 +104,7 @@ def verify_parser() -> Parser:
 def verify_main(argv: Sequence[str]) -> int:
     """Run `nanochat verify`: 0 when everything holds, 1 when a comparison fails."""
     options = verify_parser().parse_args(argv)
-    run = load_run(options.run, options.checkpoint) if options.run else None
+    run = open_run(options.run, options.checkpoint) if options.run else None
     found = verify(options.file, run)
     print(f"{found.path}: {found.description}")
     print(f"  SHA-256 {found.sha256}")
@@ -120,7 +122,7 @@ def verify_main(argv: Sequence[str]) -> int:
 def import_parser() -> Parser:
     """Options of `nanochat import`."""
     options = Parser("import", "Make a run folder from a file that nanochat exported.", as_json=False)
-    options.add_argument("file", type=Path, help="GGUF file or safetensors folder")
+    options.add_argument("file", type=Path, help="GGUF file, zoo:NAME, or safetensors folder")
     options.add_argument("--out", type=Path, help="run folder to make (outputs/imported-NAME)")
     options.add_argument("--force", action="store_true", help="replace an earlier import")
     return options
@@ -129,6 +131,6 @@ def import_parser() -> Parser:
 def import_main(argv: Sequence[str]) -> int:
     """Run `nanochat import`; raises `UserError` for what the user can mend."""
     options = import_parser().parse_args(argv)
-    out = options.out or Path("outputs") / f"imported-{options.file.resolve().stem}"
+    out = options.out or Path("outputs") / f"imported-{located(options.file).resolve().stem}"
     print(f"{import_export(options.file, out, force=options.force)}: use it as RUN, as in nanochat generate {out}")
     return 0

@@ -19,6 +19,7 @@ from nanochat.files import replacing
 from nanochat.model.bitlinear import BitLinear, dequantise, ternarise
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
+from nanochat.zoo.store import located
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Exported:
 
 
 def read_export(path: str | Path) -> Exported:
-    """Read a GGUF file or a safetensors folder that nanochat wrote.
+    """Read a GGUF file or a safetensors folder that nanochat wrote, or `zoo:NAME`.
 
     Raises `UserError` for a file that is missing, damaged, or of another program.
     """
-    path = Path(path)
+    path = located(path)
     if path.suffix == ".safetensors":
         path = path.parent
     if path.is_dir():
@@ -116,6 +117,23 @@ def _latent(exported: Exported, name: str, values: Tensor) -> Tensor:
     return latent
 
 
+def latent_weights(exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters of the network and of the objectives whose ternary forms are the values of a file, bit for bit.
+
+    Raises `UserError` when a matrix of a ternary network holds something else.
+    """
+
+    def latent(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        return {
+            name: _latent(exported, name, values) if _is_ternary(prefix + name, values) else values
+            for name, values in tensors.items()
+        }
+
+    if not exported.config.ternary:
+        return exported.weights, exported.objectives
+    return latent(exported.weights, GPT_PREFIX), latent(exported.objectives, OBJECTIVES_PREFIX)
+
+
 def import_export(path: str | Path, out: str | Path, *, force: bool = False) -> Path:
     """Make a run folder with one checkpoint from an exported file; returns the folder.
 
@@ -131,12 +149,9 @@ def import_export(path: str | Path, out: str | Path, *, force: bool = False) -> 
         if not (out / "model.json").is_file() or (out / "metrics.csv").exists() or (out / "config.yaml").exists():
             raise UserError(f"{out} is not an imported model, so --force does not replace it; choose another --out.")
     build_gpt(exported.config, exported.weights, source=exported.path)
-    state = {GPT_PREFIX + name: tensor for name, tensor in exported.weights.items()}
-    state |= {OBJECTIVES_PREFIX + name: tensor for name, tensor in exported.objectives.items()}
-    if exported.config.ternary:
-        for name, values in state.items():
-            if _is_ternary(name, values):
-                state[name] = _latent(exported, name, values)
+    weights, objectives = latent_weights(exported)
+    state = {GPT_PREFIX + name: tensor for name, tensor in weights.items()}
+    state |= {OBJECTIVES_PREFIX + name: tensor for name, tensor in objectives.items()}
     checkpoint = {
         "state_dict": state,
         "global_step": exported.step,

@@ -26,6 +26,7 @@ from nanochat.inference.engine import Decoder, inference_copy
 from nanochat.inference.sampling import Sampling, sample
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
+from nanochat.zoo.store import located
 
 EXACT = 5e-3
 """largest difference of a logit where both sides compute with the same weights and float activations"""
@@ -142,7 +143,7 @@ def verify(path: str | Path, run: Run | None = None, *, length: int = 256) -> Ve
     Raises:
         UserError: a file that is missing, damaged, or of another program.
     """
-    path = Path(path)
+    path = located(path)
     exported = read_export(path)
     gguf = exported.type != "safetensors"
     content = path if gguf else exported.path / "model.safetensors"

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from nanochat.checkpoint import load_run
 from nanochat.console import Parser, count, count_or_zero, number
 from nanochat.device import find_device
 from nanochat.errors import UserError
+from nanochat.export.open_run import RUN_HELP, open_run
 from nanochat.inference.engine import encode_prompt, generate_tokens, inference_copy
 from nanochat.inference.sampling import Sampling
 from nanochat.inference.speculative import Speculator, heads_of
@@ -54,7 +54,7 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
 def parser() -> Parser:
     """Options of `nanochat generate`."""
     options = Parser("generate", "Write text with a trained model.", as_json=False)
-    options.add_argument("run", help="run folder (outputs/latest) or .ckpt file")
+    options.add_argument("run", help=RUN_HELP)
     options.add_argument("--prompt", default="", help="text to continue; - reads standard input")
     options.add_argument("--max-tokens", type=count, default=200, help="longest continuation (200)")
     add_sampling(options)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     # bytes that are not UTF-8 arrive as lone surrogates, which a tokenizer cannot take
     prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    run = load_run(options.run, options.checkpoint, pick_device(options.device))
+    run = open_run(options.run, options.checkpoint, pick_device(options.device))
     tokenizer = run.tokenizer
     if tokenizer.vocab_size > run.config.vocab_size:
         raise UserError(

@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from nanochat.console import Parser, count
 from nanochat.errors import UserError
+from nanochat.export.open_run import RUN_HELP
 from nanochat.files import atomic_write
 from nanochat.inference.cli import add_sampling, sampling_of, show
 from nanochat.inference.sampling import Sampling
@@ -36,7 +37,7 @@ HELP = """/system TEXT   what the model is told before the conversation (empty: 
 def parser() -> Parser:
     """Options of `nanochat chat`."""
     options = Parser("chat", "Talk to a trained model in the terminal.", as_json=False)
-    options.add_argument("model", metavar="RUN_OR_FILE", help="run folder (outputs/latest), .ckpt or .gguf")
+    options.add_argument("model", metavar="RUN_OR_FILE", help=RUN_HELP)
     options.add_argument("--system", default="", help="what the model is told before the conversation")
     options.add_argument("--max-tokens", type=count, default=256, help="longest answer (256)")
     add_sampling(options)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nanochat.console import Parser, count, count_or_zero, one_of, seconds
 from nanochat.errors import UserError
+from nanochat.export.open_run import RUN_HELP
 from nanochat.inference.cli import pick_device
 from nanochat.serve.models import BACKENDS, Settings, load_model
 
@@ -41,7 +42,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
 def parser() -> Parser:
     """Options of `nanochat serve`."""
     options = Parser("serve", "Serve trained models: a chat page, and the API of OpenAI.", as_json=False)
-    options.add_argument("models", nargs="+", metavar="RUN_OR_FILE", help="run folder (outputs/latest), .ckpt or .gguf")
+    options.add_argument("models", nargs="+", metavar="RUN_OR_FILE", help=RUN_HELP)
     options.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
     options.add_argument("--port", type=count_or_zero, default=8000, help="0 takes a free one (8000)")
     options.add_argument(

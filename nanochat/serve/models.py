@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import hashlib
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from nanochat.inference.slots import Backend, TorchBackend
 from nanochat.serve.codec import Codec, LlamaCodec, RunCodec
 from nanochat.serve.llama import LlamaBackend
 from nanochat.serve.template import ChatTemplate, template_of
+from nanochat.zoo.store import located
 
 BACKENDS = ("auto", "torch", "llama.cpp")
 
@@ -58,11 +60,11 @@ class Settings:
 
 
 def load_model(path: str | Path, settings: Settings | None = None, name: str | None = None) -> Model:
-    """Read a run folder, a `.ckpt` or a `.gguf` file.
+    """Read a run folder, a `.ckpt` or a `.gguf` file, or `zoo:NAME`.
 
     Raises `UserError` for what is not there or cannot be run, naming the option that would help.
     """
-    settings, path = settings or Settings(), Path(path)
+    settings, path = settings or Settings(), located(path)
     if settings.backend not in BACKENDS:
         raise UserError(f"--backend {settings.backend} is unknown; choose one of {', '.join(BACKENDS)}.")
     if path.suffix == ".gguf":
@@ -151,6 +153,7 @@ def _load_file(path: Path, settings: Settings, name: str) -> Model:
         raise UserError(f"there is no file {path}.")
     with GGUFFile(path) as file:
         own = file.get("general.architecture", str) == OWN
+        readable = "nanochat.config" in file.metadata
         source = file.metadata.get("tokenizer.chat_template")
     if settings.backend == "torch" or own:
         if settings.backend == "llama.cpp":
@@ -158,6 +161,12 @@ def _load_file(path: Path, settings: Settings, name: str) -> Model:
                 f"stock llama.cpp cannot run {path}: it was exported with --to nanochat; use --backend torch."
             )
         return _own_file(path, settings, name, source)
+    try:
+        llama_cpp.load()
+    except llama_cpp.LlamaCppUnavailable as error:
+        if settings.backend == "llama.cpp" or not readable:
+            raise
+        return dataclasses.replace(_own_file(path, settings, name, source), note=f"not with llama.cpp: {error}")
     backend = LlamaBackend(path, settings.slots, settings.context, torch.get_num_threads())
     codec = LlamaCodec(backend.model)
     names = {"bos_token": codec.decode(codec.begin), "eos_token": ""}
