@@ -23,7 +23,10 @@ CORPORA = {
 """what is known of the corpora that come with nanochat"""
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "seq_len", "tied", "value_embeddings")
 METRICS = {"val/bpb": "bits per byte of held-out text", "val/loss": "nats per token of held-out text"}
-_METRIC = re.compile(r"\s*([\w/. -]+?)\s*=\s*([-+\d.e]+)\s*(?:(?:±|\+-)\s*([\d.e]+))?\s*(?:[,;:]\s*(.*))?", re.DOTALL)
+_NUMBER = r"([\d.]+(?:e[-+]?\d+)?)"
+_METRIC = re.compile(
+    rf"\s*([\w/. -]+?)\s*=\s*(-?){_NUMBER}\s*(?:(?:±|\+-)\s*{_NUMBER})?\s*(?:[,;:]\s*(.*))?", re.DOTALL
+)
 
 
 def parse_metric(text: str) -> Metric:
@@ -32,13 +35,13 @@ def parse_metric(text: str) -> Metric:
     try:
         if match is None:
             raise ValueError
-        value, half = float(match[2]), float(match[3]) if match[3] else None
+        value, half = float(match[2] + match[3]), float(match[4]) if match[4] else None
     except ValueError as error:
         raise UserError(
             f"--metric {text!r} is not a figure: write NAME=VALUE or 'NAME=VALUE ± HALF, how it was measured'."
         ) from error
     low, high = (None, None) if half is None else (round(value - half, 12), round(value + half, 12))
-    return Metric(match[1], value, low, high, (match[4] or "").strip())
+    return Metric(match[1], value, low, high, (match[5] or "").strip())
 
 
 def describe(

@@ -111,15 +111,11 @@ class Hub:
     @contextlib.contextmanager
     def chunks(self, name: str) -> Iterator[Iterator[bytes]]:
         """The bytes of a file, piece by piece."""
-        import httpx
-
         url = self.library.hf_hub_url(self.repository, name, revision=self.revision)
         headers = self.library.utils.build_hf_headers()
-        timeout = httpx.Timeout(READ, connect=CONNECT)
-        with (
-            httpx.Client(follow_redirects=True, timeout=timeout) as client,
-            client.stream("GET", url, headers=headers) as answer,
-        ):
+        session = self.library.get_session()
+        wait = (CONNECT, READ, READ, READ)
+        with session.stream("GET", url, headers=headers, timeout=wait, follow_redirects=True) as answer:
             if answer.status_code in (401, 403, 404):
                 raise UserError(f"{self.label} has no file {name}, or it is not yours to read.")
             answer.raise_for_status()

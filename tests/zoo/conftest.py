@@ -47,7 +47,6 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's zoo, empty, and a package without models; the working folder is the test's."""
     monkeypatch.setenv("NANOCHAT_ZOO", str(tmp_path / "zoo"))
     monkeypatch.setattr(store, "PACKAGED", tmp_path / "package")
-    monkeypatch.setenv("NANOCHAT_LLAMA_CPP", str(tmp_path / "no-llama-cpp"))
     monkeypatch.chdir(tmp_path)
     yield tmp_path / "zoo"
     assert not list(tmp_path.rglob("*.tmp")), "something half-written was left behind"

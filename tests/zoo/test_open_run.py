@@ -10,12 +10,17 @@ import torch
 
 from nanochat.cli import main
 from nanochat.errors import UserError
+from nanochat.export import llama_cpp
 from nanochat.export.gguf import export_gguf
 from nanochat.export.open_run import open_run
 from nanochat.inference.engine import inference_copy
 from nanochat.model.bitlinear import BitLinear, dequantise, ternarise
 from nanochat.serve.models import Settings, load_model
 from tests.zoo.conftest import TEMPLATE
+
+
+def no_llama_cpp():
+    raise llama_cpp.LlamaCppUnavailable("it is not here.")
 
 
 @pytest.mark.parametrize("kind", ["tq1_0", "tq2_0"])
@@ -68,7 +73,7 @@ def test_a_file_is_exported_again_to_the_same_tensors(run_folder, tmp_path, monk
                 assert (one.array(name) == two.array(name)).all(), name
 
 
-def test_zoo_name_works_wherever_a_run_is_taken(added, run_folder, zoo, capsys):
+def test_zoo_name_works_wherever_a_run_is_taken(added, run_folder, zoo, capsys, monkeypatch):
     shutil.copytree(added, zoo / "small")
     assert main(["generate", "zoo:small", "--prompt", "def ", "--max-tokens", "4", "--seed", "1"]) == 0
     assert capsys.readouterr().out.startswith("def ")
@@ -77,6 +82,7 @@ def test_zoo_name_works_wherever_a_run_is_taken(added, run_folder, zoo, capsys):
     assert main(["verify", "again.gguf", "--run", "zoo:small"]) == 0
     assert main(["import", "zoo:small"]) == 0
     assert (Path("outputs") / "imported-small" / "checkpoints" / "last.ckpt").is_file()
+    monkeypatch.setattr(llama_cpp, "load", no_llama_cpp)
     model = load_model("zoo:small", Settings(slots=1))
     assert model.is_chat
     assert model.name == "small"
