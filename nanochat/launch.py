@@ -43,6 +43,7 @@ LEAVINGS = {
     "multirun.yaml",
     "summary.json",
     "wandb",
+    "wandb.json",
     "tensorboard",
     "mlruns",
 }

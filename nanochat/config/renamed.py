@@ -7,6 +7,7 @@ from typing import Any
 RENAMED = {
     "nanochat.lightning.": "nanochat.training.",
     "nanochat.objectives.collider.Collider": "nanochat.training.callbacks.collider.Collider",
+    "lightning.pytorch.loggers.WandbLogger": "nanochat.reports.wandb_logger.WandbLogger",
 }
 """the beginning of an old name -> that of the new one"""
 

@@ -8,7 +8,6 @@ repeated here: `TORCH_RULES` call the constructors.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -18,6 +17,7 @@ from nanochat.config.schema import UNRESOLVED, Problem, set_by_user
 from nanochat.config.vocabulary import SMALLEST_VOCABULARY, build_data, plan_vocabulary
 from nanochat.console import duration
 from nanochat.errors import ConfigError, UserError, did_you_mean
+from nanochat.reports import wandb_account
 
 
 class Values:
@@ -185,19 +185,8 @@ def loggers_work(values: Values) -> Iterator[Problem]:
         key = f"logger.{name}"
         if importlib.util.find_spec("wandb") is None:
             yield Problem(key, f"{key} needs the package wandb: pip install 'nanochat[wandb]', or choose logger=csv.")
-        elif not node.get("offline") and not _wandb_is_offline() and not _wandb_account():
+        elif node.get("offline") != "auto" and not wandb_account.is_offline(node) and not wandb_account.has_account():
             yield Problem(key, f"{key} needs an account: run `wandb login`, or say {key}.offline=true.")
-
-
-def _wandb_is_offline() -> bool:
-    return os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
-
-
-def _wandb_account() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    files = [Path(os.environ["NETRC"])] if "NETRC" in os.environ else [Path.home() / n for n in (".netrc", "_netrc")]
-    return any(path.is_file() and "wandb" in path.read_text(errors="replace") for path in files)
 
 
 def early_stopping_sees_something(values: Values) -> Iterator[Problem]:

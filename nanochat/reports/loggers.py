@@ -13,14 +13,12 @@ from hydra.utils import instantiate
 
 from nanochat.config.schema import in_sweep
 from nanochat.errors import UserError
+from nanochat.reports.wandb_logger import WandbLogger
 
 log = logging.getLogger(__name__)
 
 PLACES = ("save_dir", "dir", "root_dir")
 """arguments of loggers that are folders; relative ones lie in the run's folder"""
-SUMMARY = ("status", "parameters", "tokens", "seconds", "data", "commit")
-"""keys of summary.json in W&B's summary, beside the last metrics and the figures of compression"""
-
 
 EXTRAS = {"MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb"}
 """Lightning's loggers that need one of our extras"""
@@ -49,28 +47,26 @@ def build_loggers(plain: dict[str, Any], folder: Path) -> list[Any]:
                 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             logger = instantiate(node)
             loggers.append(logger)
-            if hasattr(type(logger), "experiment"):  # Lightning does not ask it of a logger
+            if isinstance(logger, WandbLogger):
+                logger.begin(folder, plain)
+            elif hasattr(type(logger), "experiment"):  # Lightning does not ask it of a logger
                 _ = logger.experiment
             if hasattr(logger, "log_hyperparams"):
                 logger.log_hyperparams({"cfg": plain})
-            if is_wandb(logger):
-                _add_tokens(logger, plain)
         except Exception as raised:
             close_loggers(loggers)
             error = _unwrapped(raised)
+            if isinstance(error, UserError):
+                raise error from raised
             if isinstance(error, ModuleNotFoundError):
                 extra = EXTRAS.get(str(node["_target_"]).rpartition(".")[2])
                 how = f"pip install 'nanochat[{extra}]'" if extra else error.name or _reason(error)
                 raise UserError(f"logger={name} needs a package that is not installed: {how}.") from error
-            hint = ""
-            if wandb:
-                hint = (
-                    f": log in with `wandb login`, or say logger.{name}.offline=true, which needs neither an account "
-                    "nor a network"
-                )
+            hint = f": logger.{name}.offline=true needs neither an account nor a network" if wandb else ""
             raise UserError(f"logger={name} cannot be used ({_reason(error)}){hint}.") from error
-        for method in ("log_metrics", "finalize"):
-            setattr(logger, method, _Forgiving(getattr(logger, method), name))
+        for method in ("log_metrics", "log_text", "finalize"):
+            if hasattr(logger, method):
+                setattr(logger, method, _Forgiving(getattr(logger, method), name))
     return loggers
 
 
@@ -102,32 +98,16 @@ class _Forgiving:
             self.failed = True
 
 
-def _add_tokens(logger: Any, plain: dict[str, Any]) -> None:
-    """Give each row the tokens trained on so far, and make them the x-axis of the run's metrics."""
-    data, log_metrics = plain["data"], logger.log_metrics
-    tokens = data["batch_size"] * data["seq_len"] * plain["trainer"].get("accumulate_grad_batches", 1)
-
-    def with_tokens(metrics: dict[str, float], step: int | None = None) -> None:
-        log_metrics(metrics if step is None else {**metrics, "tokens": step * tokens}, step=step)
-
-    logger.log_metrics = with_tokens
-    logger.experiment.define_metric("tokens")
-    for group in ("train/*", "val/*"):
-        logger.experiment.define_metric(group, step_metric="tokens")
-
-
 def log_summary(loggers: list[Any], content: dict[str, Any]) -> None:
     """Hand what summary.json says to W&B's summary.
 
     Args:
         content: summary.json.
     """
-    compression = {f"compression/{name}": value for name, value in content.get("compression", {}).items()}
-    figures = {key: value for key, value in content.items() if "/" in key and value is not None}
     for logger in loggers:
-        if is_wandb(logger):
+        if isinstance(logger, WandbLogger):
             try:
-                logger.experiment.summary.update({key: content[key] for key in SUMMARY} | figures | compression)
+                logger.log_summary(content)
             except Exception as error:
                 log.warning("Weights & Biases misses the summary (%s).", _reason(error))
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +9,14 @@ import pytest
 from lightning.pytorch.loggers import Logger
 
 from nanochat.config.compose import compose
-from nanochat.config.schema import CONF
 from nanochat.config.signatures import check_nodes
 from nanochat.errors import ConfigError, UserError
 from nanochat.reports.loggers import build_loggers
 from nanochat.run import train
-from tests.runs import configure, read_metrics, words
+from tests.runs import configure, read_metrics
 
 SHORT = ["trainer.max_steps=3", "trainer.val_check_interval=3", "callbacks=none",
          "+callbacks.metrics._target_=nanochat.training.callbacks.metrics.MetricsCSV"]  # fmt: skip
-TOKENS = 2 * 32
-"""of a step"""
 
 
 def losses(folder: Path) -> list[float]:
@@ -52,48 +44,6 @@ def mlflow(folder: Path) -> tuple[list[tuple[int, float]], Any]:
     return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")], run
 
 
-def wandb_records(folder: Path) -> list[Any]:
-    """The records of a run's .wandb file.
-
-    The file is a log of LevelDB's format behind a header of 7 bytes: blocks of 32 KiB, in each of them chunks of
-    crc (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last) and data. A record is a protobuf of W&B's.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, place, parts, records = path.read_bytes(), 7, b"", []
-    assert data.startswith(b":W&B")
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, place)
-        assert kind in (1, 2, 3, 4)
-        parts += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):
-            records.append(Record.FromString(parts))
-            parts = b""
-    return records
-
-
-def _values(items: Any) -> dict[str, Any]:
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-
-def history(records: list[Any]) -> list[dict[str, Any]]:
-    return [_values(r.history.item) for r in records if r.WhichOneof("record_type") == "history"]
-
-
-def summary(records: list[Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for record in records:
-        if record.WhichOneof("record_type") == "summary":
-            found |= _values(record.summary.update)
-    return found
-
-
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -118,49 +68,6 @@ def test_several_are_chosen_on_the_command_line() -> None:
         compose(["logger=[tensorboard,mlfow]"])
     with pytest.raises(ConfigError, match="merge several options of one group"):
         compose(["model=[tiny,d20]"])
-
-
-def test_wandb(tmp_path: Path) -> None:
-    """In a process of its own, since its client reads the environment once."""
-    folder = tmp_path / "run"
-    command = [*words(tmp_path), *SHORT, "logger=wandb", "logger.wandb.offline=true", f"hydra.run.dir='{folder}'"]
-    shown(tmp_path, command)
-    records = wandb_records(folder)
-    rows = [row for row in history(records) if "train/loss" in row]
-    assert [row["train/loss"] for row in rows] == losses(folder)
-    assert [row["trainer/global_step"] for row in rows] == [1, 2, 3]
-    assert [row["tokens"] for row in rows] == [TOKENS, 2 * TOKENS, 3 * TOKENS]
-    axes = {r.metric.glob_name or r.metric.name: r.metric.step_metric for r in records if r.HasField("metric")}
-    assert (axes["train/*"], axes["val/*"]) == ("tokens", "tokens")
-    told, said = summary(records), json.loads((folder / "summary.json").read_text())
-    for key in ("status", "parameters", "tokens", "val/bpb"):
-        assert told[key] == said[key]
-    assert told["compression/xz -9e"] == said["compression"]["xz -9e"]
-    (run,) = [r.run for r in records if r.HasField("run")][:1]
-    assert (run.project, run.run_group) == ("nanochat", "")
-
-
-def test_a_sweep_in_wandb_is_quiet_and_grouped_by_its_date(tmp_path: Path) -> None:
-    command = [*words(tmp_path), *SHORT, "logger=wandb", "logger.wandb.offline=true", "-m", "seed=0,1",
-               f"hydra.sweep.dir='{tmp_path}/2026-01-31/10-00-00-sweep'"]  # fmt: skip
-    said = shown(tmp_path, command)
-    assert "wandb:" not in said
-    for job in "01":
-        records = wandb_records(tmp_path / "2026-01-31" / "10-00-00-sweep" / job)
-        (run,) = [r.run for r in records if r.HasField("run")][:1]
-        assert run.run_group == "2026-01-31 10-00-00-sweep"
-        assert run.display_name == f"seed={job}"
-
-
-def shown(place: Path, overrides: list[str]) -> str:
-    """What a run prints."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "nanochat.cli", "train", *overrides],
-        env=environment, cwd=CONF.parent, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
 
 
 # ---- loggers of the user's own --------------------------------------------------------------------------------------

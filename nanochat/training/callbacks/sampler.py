@@ -93,7 +93,8 @@ class TextSampler(Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "log_text"):
                 rows = [[trainer.global_step, p, t] for p, t in zip(prompts, texts, strict=True)]
-                logger.log_text("samples", columns=["step", "prompt", "text"], data=rows)  # type: ignore[attr-defined]
+                columns = ["step", "prompt", "text"]
+                logger.log_text("samples", columns=columns, data=rows, step=trainer.global_step)  # type: ignore[attr-defined]
 
     def _prompts(self, data: LightningDataModule) -> list[str]:
         if self.prompts is not None:
