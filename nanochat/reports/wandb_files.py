@@ -24,7 +24,7 @@ def records(path: Path) -> Iterator[Any]:
         ValueError: it is not such a file.
     """
     from google.protobuf.message import DecodeError
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     data, place, parts = path.read_bytes(), HEADER, b""
     if not data.startswith(b":W&B"):

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger as LightningLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from nanochat.config.schema import choices
 from nanochat.errors import UserError
