@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("nanochat.data.cli:main", "prepare a corpus and say what is in it"),
     "zoo": ("nanochat.zoo.cli:main", "trained models with card and hashes: list, get, add, push, card"),
     "params": ("nanochat.params:main", "parameters and memory of a model, by part"),
+    "wandb": ("nanochat.studies.wandb_commands:main", "Weights & Biases: sweeps, dashboards, a local page of them"),
     "bench": ("nanochat.bench.cli:main", "the measurements behind the figures of the README"),
     "doctor": ("nanochat.doctor:main", "versions, device, what works, and a training smoke test"),
 }

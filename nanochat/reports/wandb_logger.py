@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.reports import wandb_account, wandb_files
 from nanochat.reports.header import tokens_per_step
-from nanochat.run_folder import read_metrics
+from nanochat.run_folder import read_metrics, read_summary
 
 log = logging.getLogger(__name__)
 
@@ -219,6 +219,46 @@ def checkpoint_artifact(folder: Path, run_id: str, summary: dict[str, Any]) -> A
         if (folder / name).is_file():
             artifact.add_file(str(folder / name), name)
     return artifact
+
+
+def log_files(folder: Path, files: Sequence[Path], offline: bool) -> list[str]:
+    """Log files made of a run (a GGUF file, say) as artifacts, in a W&B run of its own beside the run's.
+
+    Online the run's checkpoint is their input, so that W&B shows where they come from. Offline the client refuses
+    inputs, and each artifact only names its run.
+
+    Returns:
+        their names.
+
+    Raises:
+        UserError: a file or the run's W&B record is missing, or the client cannot start.
+    """
+    import wandb
+
+    record = _read_record(folder)
+    if not record:
+        raise UserError(f"{folder} is not the folder of a run that was logged to W&B: it has no {RECORD}.")
+    if missing := [path for path in files if not path.is_file()]:
+        raise UserError(f"there is no file {missing[0]}.")
+    summary = read_summary(folder)
+    try:
+        run = wandb.init(
+            project=record.get("project"), entity=record.get("entity"), dir=str(folder), job_type="export",
+            name=f"export {folder.name}", config={"run": record["id"]}, mode="offline" if offline else "online",
+        )  # fmt: skip
+        with run:
+            if not offline and (folder / "checkpoints" / "last.ckpt").is_file():
+                run.use_artifact(checkpoint_artifact(folder, record["id"], summary))
+            names = []
+            for path in files:
+                kind = path.suffix.removeprefix(".") or "file"
+                artifact = wandb.Artifact(f"{kind}-{record['id']}", kind, metadata={"run": record["id"]})
+                artifact.add_file(str(path), path.name)
+                run.log_artifact(artifact)
+                names.append(artifact.name)
+            return names
+    except (wandb.Error, OSError) as error:
+        raise UserError(f"W&B did not take the files: {' '.join(str(error).split())}.") from error
 
 
 def _kinds(row: Mapping[str, Any]) -> set[str]:

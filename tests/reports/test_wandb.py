@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -21,13 +22,16 @@ from nanochat.config.schema import CONF
 from nanochat.errors import UserError
 from nanochat.reports import wandb_account, wandb_files
 from nanochat.reports.loggers import build_loggers
+from nanochat.reports.panels import BLOCKS, SAMPLES, SUMMARY
 from nanochat.reports.wandb_logger import WandbLogger
+from nanochat.studies.wandb_commands import main
 from tests.runs import read_metrics, words
 
 TOKENS = 2 * 32
 """of a step"""
 RUN = ["callbacks.ternary_health.every_n_steps=1", "callbacks.checkpoint.every_n_train_steps=1", "+mtp=on",
-       "callbacks.sampler.max_tokens=4", "~callbacks.loss_plot", "trainer.val_check_interval=2"]  # fmt: skip
+       "+collider=on", "callbacks.sampler.max_tokens=4", "~callbacks.loss_plot",
+       "trainer.val_check_interval=2"]  # fmt: skip
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
@@ -163,7 +167,7 @@ def test_a_run_says_all_that_it_has(resumed: tuple[Path, str]) -> None:
     rows = history(records)
     keys = {key for row in rows for key in row}
     assert {"ternary/zeros", "ternary/flips_1", "ternary/scale_0", "train/grad_norm", "mtp/loss_2"} <= keys
-    assert {"val/mtp_acceptance_2", "samples/nrows"} <= keys
+    assert {"val/mtp_acceptance_2", "collider/kept_fraction", "samples/nrows"} <= keys
     axes = {r.metric.glob_name or r.metric.name: r.metric.step_metric for r in records if r.HasField("metric")}
     assert all(axes[f"{section}/*"] == "tokens" for section in ("train", "val", "mtp", "ternary", "optim"))
     told, said = summary(records), json.loads((folder / "summary.json").read_text())
@@ -192,18 +196,46 @@ def test_our_reader_reads_what_is_whole(resumed: tuple[Path, str], tmp_path: Pat
         list(wandb_files.records(folder / "wandb.json"))
 
 
-def test_a_sweep_in_wandb_is_quiet_and_grouped_by_its_date(tmp_path: Path) -> None:
-    command = ["-m", "nanochat.cli", "train", *words(tmp_path), "trainer.max_steps=2", "callbacks=none",
-               "+callbacks.metrics._target_=nanochat.training.callbacks.metrics.MetricsCSV",
-               "logger=wandb", "logger.wandb.offline=true", "-m", "seed=0,1",
-               f"hydra.sweep.dir='{tmp_path}/2026-01-31/10-00-00-sweep'"]  # fmt: skip
-    said = shown(tmp_path, command)
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    place = tmp_path_factory.mktemp("sweep")
+    folder = place / "2026-01-31" / "10-00-00-sweep"
+    command = ["-m", "nanochat.cli", "train", *words(place), *RUN, "trainer.max_steps=2", "logger=wandb",
+               "logger.wandb.offline=true", "-m", "seed=0,1", f"hydra.sweep.dir='{folder}'"]  # fmt: skip
+    return folder, shown(place, command)
+
+
+def test_a_sweep_in_wandb_is_quiet_and_grouped_by_its_date(swept: tuple[Path, str]) -> None:
+    folder, said = swept
     assert "wandb:" not in said
     for job in "01":
-        (records,) = wandb_records(tmp_path / "2026-01-31" / "10-00-00-sweep" / job)
+        (records,) = wandb_records(folder / job)
         (run,) = [r.run for r in records if r.HasField("run")][:1]
         assert run.run_group == "2026-01-31 10-00-00-sweep"
         assert run.display_name == f"seed={job}"
+
+
+def test_every_panel_finds_its_metrics_and_the_local_page_has_the_same(
+    resumed: tuple[Path, str], swept: tuple[Path, str], tmp_path: Path
+) -> None:
+    """But for those of a GPU."""
+    here = [panel for block in BLOCKS for panel in block.panels if block.needs != "a GPU"]
+    for run in (resumed[0], swept[0] / "0", swept[0] / "1"):
+        sessions = wandb_records(run)
+        rows = [row for records in sessions for row in history(records)]
+        keys = {key for row in rows for key in row}
+        assert [panel.title for panel in here if not panel.found(keys)] == []
+        assert {f"{SAMPLES}/nrows", "tokens", "_runtime"} <= keys
+        assert set(SUMMARY) <= set(summary(sessions[-1]))
+    for folder, count in ((resumed[0], 1), (swept[0], 2)):
+        path = tmp_path / "page.html"
+        assert main(["dashboard", "--offline", str(folder), "--html", str(path)]) == 0
+        page = path.read_text()
+        assert re.findall(r"<figcaption>(.*?)</figcaption>", page) == [panel.title for panel in here]
+        assert page.count("<h3>") == count  # texts of each
+        for key in SUMMARY:
+            assert f">{key}</th>" in page
+        assert "Use of the GPU, Peak memory (of runs with a GPU)." in page
 
 
 # ---- an account and a network ---------------------------------------------------------------------------------------
