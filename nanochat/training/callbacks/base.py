@@ -35,3 +35,8 @@ def validation_due(trainer: Trainer) -> bool:
     if not trainer.enable_validation or not isinstance(interval, int) or not trainer.global_step:
         return False
     return trainer.global_step * trainer.accumulate_grad_batches % interval == 0
+
+
+def agreed(trainer: Trainer, value: Any) -> Any:
+    """What rank zero says: clocks differ, and ranks that stop or save at different steps would wait for one another."""
+    return trainer.strategy.broadcast(value) if trainer.world_size > 1 else value

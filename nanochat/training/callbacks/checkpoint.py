@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from lightning import LightningModule, Trainer
 
 from nanochat.errors import UserError
 from nanochat.files import replacing
-from nanochat.run_folder import point_latest, step_checkpoints
-from nanochat.training.callbacks.base import StepCallback, validation_due
+from nanochat.run_folder import STEP_FILE, point_latest, step_checkpoints
+from nanochat.training.callbacks.base import StepCallback, agreed, validation_due
 from nanochat.training.callbacks.guard import NonFiniteGuard
+from nanochat.training.checkpoint_io import Writer
 
 log = logging.getLogger(__name__)
 
@@ -29,53 +32,93 @@ class Checkpoint(StepCallback):
             signal comes, and on an exception between two steps. While steps are being dropped the save waits for a good
             one.
         keep: how many `step=N.ckpt` stay; None keeps all.
+        every_n_minutes: save also when so much time has passed since the last save, as `last.ckpt` alone, which the
+            next save replaces; None: never.
+        asynchronous: copy the state, and write it while training goes on. `auto`: on GPUs; on a CPU the writing would
+            take the time, and the copy the memory, of training itself. Runs on several ranks write as they save.
 
     A file is written aside, synced and renamed: whatever kills the run, `last.ckpt` is whole. It is a hard link of the
     newest `step=N.ckpt`, which costs no space; with keep=1 it is a copy, so that damage to one file always leaves
-    another. Weights that are not finite are never saved.
+    another. Weights that are not finite are never saved. Asynchronous saving changes none of this but the moment: the
+    file is there a little later, and the end of the run waits for it, whichever end that is.
+
+    A warning says so when the disk has too little space for the files to come.
 
     Raises:
-        UserError: the folder cannot be written (full, read-only); the files that were there are untouched.
+        UserError: the folder cannot be written (full, read-only); the files that were there are untouched. Of an
+            asynchronous save it is raised at the next step.
     """
 
-    def __init__(self, every_n_train_steps: int = 500, keep: int | None = 3) -> None:
+    def __init__(
+        self,
+        every_n_train_steps: int = 500,
+        keep: int | None = 3,
+        every_n_minutes: float | None = None,
+        asynchronous: bool | str = "auto",
+    ) -> None:
         if every_n_train_steps < 1 or (keep is not None and keep < 1):
             raise UserError(
                 f"callbacks.checkpoint.every_n_train_steps={every_n_train_steps} and callbacks.checkpoint.keep={keep} "
                 "must be at least 1 (keep=null keeps all)."
             )
+        if every_n_minutes is not None and not every_n_minutes > 0:
+            raise UserError(f"callbacks.checkpoint.every_n_minutes={every_n_minutes} must be above 0 (null: never).")
+        if asynchronous not in (True, False, "auto"):
+            raise UserError(f"callbacks.checkpoint.asynchronous={asynchronous} must be true, false or auto.")
         self.every_n_train_steps, self.keep = every_n_train_steps, keep
+        self.every_n_minutes, self.asynchronous = every_n_minutes, asynchronous
         self._saved = 0
+        self._saved_at = 0.0
         self._linked = False
         self._boundary = True
         self._due = False
+        self._space_checked = False
+        self._writer: Writer | None = None
+        self._root = Path()
+
+    @property
+    def write_seconds(self) -> float:
+        """How long the last file was written after its save had returned."""
+        return self._writer.seconds if self._writer is not None else 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._saved = trainer.global_step
+        self._saved, self._saved_at = trainer.global_step, time.monotonic()
+        self._root = Path(trainer.default_root_dir)
         for stale in self._folder(trainer).glob(".*.tmp"):
             stale.unlink(missing_ok=True)
+        wanted = pl_module.device.type == "cuda" if self.asynchronous == "auto" else self.asynchronous
+        self._writer = Writer(self._written) if wanted and trainer.world_size == 1 else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._boundary = False
+        if self._writer is not None:
+            with self._in_words(self._saved):
+                self._writer.check()
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         self._boundary = True
+        if not self._space_checked:  # the optimizer's state is there now
+            self._space_checked = True
+            self._check_space(trainer, self._expected_files())
         self._due = self._due or step % self.every_n_train_steps == 0 or validation_due(trainer)
         # dropped steps may begin a divergence, and the checkpoint to return to should lie before it
         dropping = any(isinstance(c, NonFiniteGuard) and c.streak for c in trainer.callbacks)  # type: ignore[attr-defined]
         if step >= trainer.max_steps >= 0 or trainer.should_stop or (self._due and not dropping):
             self.save(trainer)
             self._due = False
+        elif not dropping and self._minutes_are_over(trainer):
+            self.save(trainer, "last.ckpt")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
+        self.wait()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, UserError) or trainer.state.fn != "fit":
-            return
         try:
-            self.save(trainer)
+            if not isinstance(exception, UserError) and trainer.state.fn == "fit":
+                self.save(trainer)
+            self.wait()
         except UserError as error:  # the exception at hand is the one to report
             log.warning("The run could not be saved: %s", error)
 
@@ -83,33 +126,63 @@ class Checkpoint(StepCallback):
     def _folder(trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / "checkpoints"
 
-    def save(self, trainer: Trainer) -> None:
-        """Save now, unless this step is saved already or is not finished."""
+    def _minutes_are_over(self, trainer: Trainer) -> bool:
+        if self.every_n_minutes is None:
+            return False
+        return agreed(trainer, time.monotonic() - self._saved_at >= 60.0 * self.every_n_minutes)
+
+    def save(self, trainer: Trainer, name: str | None = None) -> None:
+        """Save now, unless this step is saved already or is not finished.
+
+        Args:
+            name: of the file, `step=N.ckpt` by default.
+        """
         step = trainer.global_step
         if not self._boundary or step == self._saved:
             return
         if not all(bool(torch.isfinite(p).all()) for p in trainer.lightning_module.parameters()):
             log.warning("Step %d is not saved: its weights are not finite.", step)
             return
-        folder = self._folder(trainer)
+        path = self._folder(trainer) / (name or f"step={step}.ckpt")
+        with self._in_words(step):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if self._writer is not None:
+                trainer.save_checkpoint(path, storage_options=self._writer)
+            else:
+                trainer.save_checkpoint(path)
+                self._written(path)
+        self._saved, self._saved_at = step, time.monotonic()
+        self._check_space(trainer, 1)
+
+    def wait(self) -> None:
+        """Return when everything that was saved is on disk; raises `UserError` when it cannot be."""
+        if self._writer is not None:
+            with self._in_words(self._saved):
+                self._writer.wait()
+
+    def _written(self, path: Path) -> None:
+        """After a file is whole, in the thread that has written it."""
+        match = STEP_FILE.fullmatch(path.name)
+        if match is not None:
+            _repeat(path, path.with_name("last.ckpt"), link=self.keep != 1)
+            self._prune(path.parent, int(match[1]))
+        if not self._linked:
+            with contextlib.suppress(OSError):  # a convenience only
+                point_latest(self._root)
+            self._linked = True
+
+    @contextlib.contextmanager
+    def _in_words(self, step: int) -> Iterator[None]:
+        """Failed writes as a `UserError`."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            newest = folder / f"step={step}.ckpt"
-            trainer.save_checkpoint(newest)
-            _repeat(newest, folder / "last.ckpt", link=self.keep != 1)
-            self._prune(folder, step)
+            yield
         except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
             cause = error if isinstance(error, OSError) else error.__context__
             reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).split("\n")[0]
             raise UserError(
-                f"step {step} cannot be saved in {folder}: {reason}; free some space or make it writable, and resume "
-                "from the checkpoint before with ckpt_path=auto."
+                f"step {step} cannot be saved in {self._root / 'checkpoints'}: {reason}; free some space or make it "
+                "writable, and resume from the checkpoint before with ckpt_path=auto."
             ) from error
-        if not self._linked:
-            with contextlib.suppress(OSError):  # a convenience only
-                point_latest(Path(trainer.default_root_dir))
-            self._linked = True
-        self._saved = step
 
     def _prune(self, folder: Path, step: int) -> None:
         """Remove all but the newest; later steps are of an attempt that was given up for an earlier checkpoint."""
@@ -118,6 +191,34 @@ class Checkpoint(StepCallback):
         for number, path in found.items():
             if number not in kept:
                 path.unlink(missing_ok=True)
+
+    # ---- disk space ---------------------------------------------------------------------------------------------
+
+    def _expected_files(self) -> int:
+        """Files to come until there are as many as stay, and the one that is written aside meanwhile."""
+        there = len(step_checkpoints(self._root / "checkpoints"))
+        stay = max(1, (self.keep or 1) - there)
+        return stay + 1 + (self.keep == 1 or self.every_n_minutes is not None)
+
+    def _check_space(self, trainer: Trainer, files: int) -> None:
+        size = checkpoint_bytes(trainer)
+        try:
+            free = shutil.disk_usage(self._root).free
+        except OSError:
+            return
+        if free < files * size and trainer.is_global_zero:
+            log.warning(
+                "%s has %.1f GB left on its disk, and the next checkpoints need %.1f GB (%d of %.2f GB): free some "
+                "space, or lower callbacks.checkpoint.keep.",
+                self._root, free / 1e9, files * size / 1e9, files, size / 1e9,
+            )  # fmt: skip
+
+
+def checkpoint_bytes(trainer: Trainer) -> int:
+    """About the size of a checkpoint: weights, buffers and optimizer states."""
+    module = trainer.lightning_module
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    return weights + sum(optimizer.state_bytes() for optimizer in trainer.optimizers)  # type: ignore[attr-defined]
 
 
 def _repeat(source: Path, target: Path, link: bool) -> None:

@@ -84,6 +84,7 @@ class Signals(StepCallback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoint) and trainer.state.fn == "fit":
                 callback.save(trainer)
+                callback.wait()
         log.warning(
             "Stopped by %s after step %d; resume with: nanochat train --resume %s",
             signal.Signals(self.received).name,

@@ -15,7 +15,8 @@ from lightning import LightningModule, Trainer
 from nanochat.console import duration
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
-from nanochat.training.callbacks.base import StepCallback, validation_due
+from nanochat.training.callbacks.base import StepCallback, agreed, validation_due
+from nanochat.training.callbacks.checkpoint import Checkpoint
 
 REMEMBERED = 8
 """recent steps, the slowest of which predicts the next one"""
@@ -98,7 +99,7 @@ class TimeLimit(StepCallback):
             self._start = now
         else:
             elapsed = self.elapsed()
-            self.progress = _agreed(trainer, self._progress(trainer, elapsed))
+            self.progress = agreed(trainer, self._progress(trainer, elapsed))
             if trainer.is_global_zero:
                 self._journal.write(step, elapsed, self.progress, self.seconds)
         pl_module.max_steps = self._estimated_steps(trainer)  # type: ignore[assignment]
@@ -138,11 +139,12 @@ class TimeLimit(StepCallback):
     def _fits(self, trainer: Trainer) -> bool:
         """Whether one more step, and what belongs after the last one, ends within the time."""
         present = self._validation_seconds(trainer) if validation_due(trainer) and self._break != "validation" else 0.0
-        return _agreed(trainer, present + max(self._steps) + self._reserve(trainer) <= self.left())
+        return agreed(trainer, present + max(self._steps) + self._reserve(trainer) <= self.left())
 
     def _reserve(self, trainer: Trainer) -> float:
         """Seconds that the last validation and save will take, as those before did."""
-        return max(self._validation_seconds(trainer), *self._breaks["save"], 0.0)
+        writing = max((c.write_seconds for c in trainer.callbacks if isinstance(c, Checkpoint)), default=0.0)  # type: ignore[attr-defined]
+        return max(self._validation_seconds(trainer), writing + max(self._breaks["save"], default=0.0))
 
     def _validation_seconds(self, trainer: Trainer) -> float:
         if not trainer.enable_validation:
@@ -235,8 +237,3 @@ class Journal:
 def find_limit(trainer: Trainer) -> TimeLimit | None:
     """The run's time limit, if it has one."""
     return next((c for c in getattr(trainer, "callbacks", ()) if isinstance(c, TimeLimit)), None)
-
-
-def _agreed(trainer: Trainer, value: Any) -> Any:
-    """What rank zero says: clocks differ, and ranks that stop at different steps would wait for one another."""
-    return trainer.strategy.broadcast(value) if trainer.world_size > 1 else value

@@ -158,7 +158,7 @@ def test_an_attempt_after_a_divergence_does_not_get_its_time_back(tmp_path: Path
     limit = time_limit.TimeLimit("60s", "time")
     trainer: Any = SimpleNamespace(
         default_root_dir=tmp_path, global_step=0, max_steps=-1, is_global_zero=True, world_size=1,
-        enable_validation=False, should_stop=False, accumulate_grad_batches=1, val_check_batch=None,
+        enable_validation=False, should_stop=False, accumulate_grad_batches=1, val_check_batch=None, callbacks=[],
     )  # fmt: skip
     module: Any = SimpleNamespace(step_metrics={})
 
