@@ -25,7 +25,7 @@ from nanochat.config.vocabulary import build_data, fit_vocabulary
 from nanochat.data import DataModule
 from nanochat.device import default_precision, find_device, has_int8_products
 from nanochat.errors import DivergedError, UserError
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, shown
 from nanochat.model.config import int8_fits
 from nanochat.reports.card import RunReport
 from nanochat.reports.loggers import build_loggers, close_loggers
@@ -35,6 +35,7 @@ from nanochat.training.callbacks.pending_validation import PendingValidation
 from nanochat.training.callbacks.progress import ProgressBar
 from nanochat.training.callbacks.time_limit import TimeLimit
 from nanochat.training.checkpoint_io import WholeFileIO
+from nanochat.training.failures import in_words
 from nanochat.training.module import NanoChatModule, model_config
 from nanochat.training.resume import anchor_paths, check_resume, checkpoint_to_resume
 
@@ -59,7 +60,8 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
             cannot be used.
         InUseError: another process trains in the folder.
         DivergedError: the last validation's loss is not finite.
-        SystemExit: 130 or 143, when a signal ended the run after it was saved.
+        LostDeviceError: a GPU or a connection failed (exit code 75).
+        SystemExit: 130, 143 or 75, when a signal ended the run after it was saved.
     """
     checked = cfg if isinstance(cfg, Checked) else check(cfg)
     quieten()
@@ -112,9 +114,19 @@ def fit(folder: Path, plain: dict[str, Any], data: DataModule, checkpoint: Path 
         raise
     except BaseException as error:
         report.abort(trainer, error)
-        raise
+        known = None if isinstance(error, UserError) else in_words(error, plain, *progress(trainer, folder))
+        if known is None:
+            raise
+        log.error("The run has failed.", exc_info=error)
+        raise known from error
     finally:
         clean_up(loggers)
+
+
+def progress(trainer: Trainer | None, folder: Path) -> tuple[int, str | None]:
+    """Optimizer steps done, and the newest checkpoint."""
+    last = folder / "checkpoints" / "last.ckpt"
+    return 0 if trainer is None else trainer.global_step, shown(last) if last.is_file() else None
 
 
 def check_finite(trainer: Trainer) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 from nanochat.errors import UserError
 
 STEP_FILE = re.compile(r"step=(\d+)\.ckpt")
+HEARTBEAT = "heartbeat.json"
+"""where a run says that it lives, see `nanochat.training.callbacks.heartbeat`"""
 
 
 def find_checkpoint(path: str | Path, which: str | int = "last") -> tuple[Path, Path]:

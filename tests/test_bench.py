@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import nanochat.cli
-from nanochat.bench import cli, loss, measure, step
+from nanochat.bench import cli, loss, measure, save, step
 from nanochat.errors import UserError
 from nanochat.model import GPT
 from nanochat.run import build_trainer
@@ -26,6 +26,14 @@ def test_loss(capsys):
     peaks = arms["chunked"]["peak_extra_mb"] / arms["dense"]["peak_extra_mb"]
     assert figures["memory_ratio"] == pytest.approx(peaks, rel=1e-12)  # of bytes and of megabytes: rounding apart
     assert figures["arms"]["dense"]["time_ratio"] == 1.0
+
+
+def test_save(capsys):
+    assert save.main(["--every", "2", "--batch", "1", "--repeats", "1", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    # float32 weights and a momentum, or two, of each; the file has little besides
+    assert 2 * 4 * 3.6 < figures["checkpoint_mb"] < 3.2 * 4 * 3.7
+    assert figures["lowest_ratio_beside"] <= figures["step_ratio_beside"] <= figures["highest_ratio_beside"]
 
 
 SMALL = ["model.n_layers=1", "model.dim=64", "model.n_heads=2", "model.n_kv_heads=2", "model.ffn_dim=64"]
@@ -55,7 +63,7 @@ def test_mistakes_of_bench_step(words, said):
         step.main([*words, "--no-lightning"])
 
 
-BENCHES = ("loss", "mtp", "collider", "export", "step", "optim")
+BENCHES = ("loss", "mtp", "collider", "export", "step", "optim", "save")
 
 
 @pytest.mark.parametrize("name", BENCHES)

@@ -70,7 +70,9 @@ class RunReport:
         """Write the summary.json of a run that did not come to its end."""
         if trainer is None or not self.folder.is_dir():
             return
-        stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code in (130, 143))
+        stopped = isinstance(error, KeyboardInterrupt) or (
+            isinstance(error, SystemExit) and error.code in (130, 143, 75)
+        )
         metrics = self._metrics(trainer)
         try:
             self._summary("stopped" if stopped else "failed", trainer, metrics, error=None if stopped else error)

@@ -1,10 +1,11 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave."""
+"""Ctrl-C, SIGTERM and SIGUSR1: finish the step, save, leave; in a SLURM job, queue it again."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 from types import FrameType
@@ -13,26 +14,35 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from nanochat.files import shown
+from nanochat.run_lock import TRY_LATER
 from nanochat.training.callbacks.base import StepCallback
 from nanochat.training.callbacks.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+REQUEUED = {"SIGTERM", "SIGUSR1"}
+"""what a scheduler sends before it takes the machine away"""
 
 
 class Signals(StepCallback):
-    """Ends a run on SIGTERM (exit code 143) or SIGINT (130) after its optimizer step is finished and saved.
+    """Ends a run on SIGTERM (exit code 143), SIGINT (130) or SIGUSR1 (75) after its optimizer step is finished and
+    saved.
+
+    Args:
+        requeue: in a SLURM job, SIGTERM and SIGUSR1 put the job back into the queue (`scontrol requeue`), if its
+            command resumes the run: with ckpt_path=auto or last, or --resume.
 
     A second signal ends the process at once. Lightning's own handlers save nothing and stop between micro-batches, so
     ours stand in their place while the run trains or validates. Place it after everything else that works at the end
     of a step.
 
     Raises:
-        SystemExit: 143 or 130, once the run is saved.
+        SystemExit: 143, 130 or 75, once the run is saved.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, requeue: bool = True) -> None:
+        self.requeue = requeue
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -91,4 +101,32 @@ class Signals(StepCallback):
             trainer.global_step,
             shown(Path(trainer.default_root_dir)),
         )
-        raise SystemExit(128 + self.received)
+        if self.requeue and signal.Signals(self.received).name in REQUEUED and trainer.is_global_zero:
+            requeue(trainer.lightning_module.cfg.get("ckpt_path"))  # type: ignore[union-attr]
+        raise SystemExit(exit_code(self.received))
+
+
+def exit_code(number: int) -> int:
+    """128 + the signal's number; 75 for SIGUSR1, by which a scheduler asks for the machine back: try again."""
+    return TRY_LATER if signal.Signals(number).name == "SIGUSR1" else 128 + number
+
+
+def requeue(ckpt_path: str | None) -> None:
+    """Put this SLURM job back into the queue; outside of one nothing happens. What goes wrong is in the log."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    if ckpt_path not in ("auto", "last"):
+        log.warning(
+            "Job %s is not queued again, since it would not resume: give hydra.run.dir and ckpt_path=auto.", job
+        )
+        return
+    if "SLURM_ARRAY_JOB_ID" in os.environ and "SLURM_ARRAY_TASK_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip()
+        log.warning("Job %s could not be queued again: %s", job, said)
+    else:
+        log.warning("Job %s is queued again.", job)

@@ -22,7 +22,7 @@ def test_files_of_a_run(whole: tuple[Path, dict[str, float]]) -> None:
     assert names == {
         "config.yaml", "model.json", "tokenizer.json", "metrics.csv", "loss.png", "samples.md", "summary.json",
         "checkpoints", "checkpoints/last.ckpt", "checkpoints/step=2.ckpt", "checkpoints/step=4.ckpt",
-        "checkpoints/step=5.ckpt",
+        "checkpoints/step=5.ckpt", "heartbeat.json",
     }  # fmt: skip
     assert os.path.samefile(folder / "checkpoints/last.ckpt", folder / "checkpoints/step=5.ckpt")
     assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
