@@ -37,8 +37,8 @@ def write_files(place: Path) -> None:
     (place / "verses" / "__init__.py").touch()
 
 
-def run(command: str, place: Path, root: Path = ROOT, **environment: str) -> None:
-    """A command of the page, by train.py."""
+def run(command: str, place: Path, root: Path = ROOT, **environment: str) -> str:
+    """What a command of the page prints, by train.py."""
     words = shlex.split(command)
     assert words[:2] == ["nanochat", "train"]
     path = os.pathsep.join([str(root), str(place)])
@@ -46,6 +46,7 @@ def run(command: str, place: Path, root: Path = ROOT, **environment: str) -> Non
     call = [sys.executable, str(root / "train.py"), *words[2:]]
     done = subprocess.run(call, cwd=place, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the page's package, in which its first command has been run."""
     place = tmp_path_factory.mktemp("project")
     write_files(place)
-    run(COMMANDS[0], place)
+    (place / "card.txt").write_text(run(COMMANDS[0], place))
     return place
 
 
@@ -86,6 +87,12 @@ def test_everything_takes_part(project: Path) -> None:
     assert (group["rule"], len(group["names"])) == ("sign", len(state["state_dict"]))
     momentum = optimizer["state"]["objectives.probe.read.weight"]["momentum"]
     assert momentum.abs().max() > 0
+
+
+def test_the_card_names_them_and_a_resume_that_finds_them(project: Path) -> None:
+    card = (project / "card.txt").read_text()
+    assert re.search(r"^techniques +probe, heartbeat *$", card, re.MULTILINE)
+    assert "nanochat train --resume run trainer.max_steps=12 --config-dir conf" in card
 
 
 def test_a_resume_is_exact(project: Path) -> None:

@@ -7,6 +7,7 @@ Hydra by itself accepts `+mpt=on`, and an unknown argument of a `_partial_` targ
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,7 @@ def _plain_problems(cfg: DictConfig) -> Values:
     problems: list[Problem] = []
     plain = _resolve(cfg, "", problems)
     settle_vocabulary(plain)
+    problems += _not_finite(plain)
     problems += check_names(cfg, plain)
     problems += _check_groups(plain)
     values = Values(plain, problems)
@@ -86,6 +88,20 @@ def _check_loss(plain: dict[str, Any]) -> list[Problem]:
     from nanochat.objectives import NextToken
 
     return check_arguments(NextToken, loss, "loss", supplied={"config", "seed"})
+
+
+def _not_finite(node: Any, path: str = "", ours: bool = True) -> Iterator[Problem]:
+    """NaN anywhere, and infinity where it is not for a target of the user's own."""
+    if isinstance(node, float) and (math.isnan(node) or (ours and math.isinf(node))):
+        yield Problem(path, f"{path}={node} is not a finite number.")
+    elif isinstance(node, dict):
+        if "_target_" in node:
+            ours = str(node["_target_"]).startswith(("nanochat.", "lightning."))
+        for key, value in node.items():
+            yield from _not_finite(value, f"{path}.{key}" if path else str(key), ours)
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from _not_finite(value, f"{path}.{i}", ours)
 
 
 def _check_groups(plain: dict[str, Any]) -> Iterator[Problem]:

@@ -14,7 +14,16 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from nanochat.config.locate import locate
-from nanochat.config.schema import NODE_GROUPS, PLAIN_KEYS, TARGET_GROUPS, Problem, choices, features
+from nanochat.config.schema import (
+    NODE_GROUPS,
+    PLAIN_KEYS,
+    TARGET_GROUPS,
+    Problem,
+    choices,
+    features,
+    keys_of_user,
+    set_by_user,
+)
 from nanochat.config.signatures import supplied_to
 from nanochat.errors import did_you_mean
 
@@ -75,9 +84,22 @@ def check_names(cfg: DictConfig, plain: dict[str, Any]) -> Iterator[Problem]:
         else:
             read = _references(OmegaConf.to_container(cfg, resolve=False), key)
             for name in node:
-                if str(name) not in read:
+                if str(name) in read:
+                    continue
+                instead = _given_instead(f"{key}.{name}")
+                if instead:
+                    text = f"{instead} is given, so that {key}.{name}={node[name]} of +{key}={option} takes no part"
+                    yield Problem(instead, f"{text}; give {key}.{name}, which sets it.")
+                else:
                     hint = did_you_mean(str(name), read) if read else "; it has no _target_."
                     yield Problem(f"{key}.{name}", f"{key}.{name} takes no part in the run: nothing reads it{hint}")
+
+
+def _given_instead(key: str) -> str | None:
+    """The user's own value, of a name like the key's, that stands where the key would be read."""
+    name = key.rpartition(".")[2]
+    given = [] if set_by_user(key) else keys_of_user()
+    return next((k for k in given if k.partition(".")[0] in TARGET_GROUPS and name in k.rpartition(".")[2]), None)
 
 
 def _references(node: Any, feature: str) -> set[str]:

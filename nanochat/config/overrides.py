@@ -26,6 +26,8 @@ from nanochat.errors import did_you_mean
 
 COMPOSING = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError)
 """what Hydra raises for a configuration that cannot be composed"""
+NONE = "none"
+"""the option of a group of named nodes that has no nodes"""
 RESUME = "resume"
 """the primary configuration of `--resume`, which has no groups"""
 
@@ -119,7 +121,11 @@ class Overrides:
         else:
             values = _values(override)
             if group in NODE_GROUPS:  # of named nodes, so that several options make one mapping
+                alone = next((v for v in values if isinstance(v, list) and NONE in v and len(v) > 1), None)
                 values = [item for value in values for item in (value if isinstance(value, list) else [value])]
+                if alone is not None:
+                    others = ",".join(str(value) for value in alone if value != NONE)
+                    text = f"{NONE} does not go with others; write {group}=[{others}], or {group}={NONE}."
             for value in values:
                 if isinstance(value, list):
                     text = f"this would merge several options of one group; choose one, or sweep with -m {bare}=A,B."

@@ -5,6 +5,7 @@ Importing this module registers the resolvers; it needs neither torch nor Lightn
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+
+from nanochat.files import shown
 
 _INSTALLED = Path(__file__).resolve().parents[1] / "conf"
 CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "conf"
@@ -104,9 +107,27 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
+def keys_of_user() -> list[str]:
+    """The keys that the command line itself gives values."""
+    return [key_of(override) for override in user_overrides()]
+
+
 def set_by_user(key: str) -> bool:
     """Whether the command line itself gives `key` a value."""
-    return any(key_of(override) == key for override in user_overrides())
+    return key in keys_of_user()
+
+
+def places_of_user() -> list[str]:
+    """The words of the command line that name folders of options of the user's own, for a further command."""
+    if not HydraConfig.initialized():
+        return []
+    words = []
+    for source in HydraConfig.get().runtime.config_sources:
+        if source.provider == "command-line":
+            words.append(f"--config-dir {shlex.quote(shown(Path(source.path)))}")
+        elif source.provider == "hydra.searchpath in command-line":
+            words.append(shlex.quote(f"hydra.searchpath=[{source.schema}://{source.path}]"))
+    return words
 
 
 # ---- resolvers ------------------------------------------------------------------------------------------------------
@@ -140,17 +161,19 @@ def _run_name(task_name: str) -> str:
     """What a sweep's job has of its own, such as `adamw mtp=on seed=0`; the task's name for a single run."""
     if not in_sweep():
         return task_name
-    swept = _swept_keys()
+    swept = swept_keys()
     own = [override for override in user_overrides() if key_of(override) in swept]
     groups = (*TARGET_GROUPS, *RECIPES)
     parts = [override.partition("=")[2] if key_of(override) in groups else override.lstrip("+") for override in own]
     return " ".join(parts) or HydraConfig.get().job.override_dirname or task_name
 
 
-def _swept_keys() -> set[str]:
-    """The keys with several values on the sweep's own command line, which Hydra keeps in its folder."""
+def swept_keys() -> set[str]:
+    """The keys with several values on the sweep's own command line, which Hydra keeps in its folder; none otherwise."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    if not in_sweep():
+        return set()
     try:
         saved = OmegaConf.load(sweep_folder(HydraConfig.get()) / "multirun.yaml")
         parts = list(saved.hydra.overrides.task)

@@ -53,8 +53,8 @@ class TrainBatches:
     def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int, vocab_size: int) -> None:
         if len(tokens) < seq_len + 1:
             raise UserError(
-                f"the training text has {len(tokens)} tokens, too few for one sequence of data.seq_len={seq_len} and "
-                "its last target; give more text or a shorter sequence."
+                f"the training text has {len(tokens):,} tokens, too few for one sequence of {seq_len:,} and its last "
+                "target; give more text, or shorten data.seq_len (where it is not set, model.seq_len)."
             )
         self.tokens, self.seq_len, self.batch_size = tokens, seq_len, batch_size
         self.seed, self.vocab_size = seed, vocab_size

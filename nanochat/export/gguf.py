@@ -120,13 +120,17 @@ def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
     if config.lane_width:
         lane = f"{config.value_embeddings} x model.value_embedding_width={config.value_width}"
         width = f"model.dim={config.dim} and the lane of value embeddings ({lane}) make {config.stream_width}"
+    if kind in TERNARY_TYPES:
+        _check_ternary_type(config, kind, width)
     if config.stream_width % BLOCK[embedding_type]:
         raise UserError(
             f"--embedding-type {embedding_type} needs a width that is a multiple of {BLOCK[embedding_type]}, "
             f"and {width}; use --embedding-type f16."
         )
-    if kind not in TERNARY_TYPES:
-        return
+
+
+def _check_ternary_type(config: GPTConfig, kind: str, width: str) -> None:
+    """`check_type` for the types that hold ternary matrices; `width`: the stream's, in words."""
     if not config.ternary:
         raise UserError(f"--type {kind} is for ternary weights, and model.ternary=false; use --type f16 or f32.")
     if config.dim % BLOCK[kind] or config.stream_width % BLOCK[kind]:

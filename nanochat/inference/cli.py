@@ -88,6 +88,8 @@ def main(argv: Sequence[str]) -> int:
     """Run `nanochat generate`; raises `UserError` for what the user can mend."""
     options = parser().parse_args(argv)
     sampling = sampling_of(options)
+    if options.run.endswith(".gguf"):
+        raise UserError(f"generate reads runs; for a GGUF file use nanochat chat {options.run}, or nanochat serve.")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     # bytes that are not UTF-8 arrive as lone surrogates, which a tokenizer cannot take
     prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

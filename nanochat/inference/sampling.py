@@ -138,7 +138,7 @@ def _at_least(distribution: Tensor, min_p: float) -> Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
-def draw(distribution: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def draw_tokens(distribution: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """One token for each row, by inverting the cumulative distribution at a uniform number of the row's
     generator.
 
@@ -160,4 +160,4 @@ def draw(distribution: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 
 def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
     """logits (B, V) -> tokens (B,)."""
-    return draw(probabilities(logits, sampling), generators)
+    return draw_tokens(probabilities(logits, sampling), generators)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanochat.errors import UserError
-from nanochat.inference.sampling import Sampling, adjust, draw, probabilities
+from nanochat.inference.sampling import Sampling, adjust, draw_tokens, probabilities
 from nanochat.inference.slots import Backend
 
 PIECE = 256
@@ -269,7 +269,7 @@ def draw_rows(rows: Sequence[tuple[_Running, Tensor]]) -> list[int]:
             drawn = together.argmax(-1)
         else:
             distribution = probabilities(together, Sampling(temperature, top_k, top_p, min_p))
-            drawn = draw(distribution, [rows[index][0].generator for index in members])
+            drawn = draw_tokens(distribution, [rows[index][0].generator for index in members])
         for index, token in zip(members, drawn.tolist(), strict=True):
             tokens[index] = token
     return tokens

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from nanochat.checkpoint import Run
 from nanochat.errors import UserError
 from nanochat.inference.engine import Cache, Decoder
-from nanochat.inference.sampling import Sampling, draw, probabilities
+from nanochat.inference.sampling import Sampling, draw_tokens, probabilities
 from nanochat.model.bitlinear import BitLinear
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
+from nanochat.model.value_embeddings import square_of
 from nanochat.objectives.mtp import SequentialHead
 
 PREFIX = "mtp.heads."
@@ -99,7 +100,7 @@ def accept(truth: Tensor, drafts: Sequence[int], guesses: Sequence[Tensor], gene
     if accepted < len(drafts):
         rest = (last - guesses[accepted]).clamp_min(0)
         last = rest if float(rest.sum()) > 0 else last  # equal up to rounding
-    return [*drafts[:accepted], int(draw(last[None], [generator]))]
+    return [*drafts[:accepted], int(draw_tokens(last[None], [generator]))]
 
 
 class _Drafter:
@@ -117,8 +118,7 @@ class _Drafter:
         if start >= rows:
             return
         following = torch.tensor([tokens[start + self.depth + 1 : rows + self.depth + 1]], device=below.device)
-        cos, sin, lane = gpt.cos[start:rows], gpt.sin[start:rows], gpt.lane(following)
-        square = None if lane is None else lane.square
+        cos, sin, square = gpt.cos[start:rows], gpt.sin[start:rows], square_of(gpt.lane(following))
         made = self.head(below[None, start:rows], gpt.embed(following), cos, sin, self.cache, square=square)
         self.cache.length = rows
         self.hidden[start:rows] = made[0]
@@ -204,7 +204,7 @@ class Speculator:
             drafter.advance(self.gpt, below, guess, rows)
             below = drafter.hidden
             guesses.append(self._distribution(below[rows - 1], sampling))
-            drafts.append(int(draw(guesses[-1][None], [generator])))
+            drafts.append(int(draw_tokens(guesses[-1][None], [generator])))
             guess.append(drafts[-1])
         return drafts, guesses
 

@@ -146,9 +146,10 @@ class GPTConfig:
                 f"choose one of {', '.join(ACTIVATION_SCALES)}."
             )
         if self.streams not in (1, 2, 4):
-            yield f"mhc.streams={self.streams} must be 2 or 4 (1 is off)."
+            yield f"model.streams={self.streams} (mhc.streams sets it) must be 2 or 4 (1 is off)."
         if self.stream_maps not in STREAM_MAPS:
-            yield f"mhc.maps={self.stream_maps!r} is unknown; choose one of {', '.join(STREAM_MAPS)}."
+            choices = ", ".join(STREAM_MAPS)
+            yield f"model.stream_maps={self.stream_maps!r} (mhc.maps sets it) is unknown; choose one of {choices}."
         block = self.weight_block
         if block != "row" and (not isinstance(block, int) or isinstance(block, bool) or block < 0):
             yield f"model.weight_block={block!r} must be positive, `row`, or 0 (one scale per matrix)."

@@ -15,7 +15,7 @@ from nanochat.model.feedforward import FeedForward
 from nanochat.model.hyper_connections import HyperConnection, expand, reduce
 from nanochat.model.norm import RMSNorm
 from nanochat.model.rotary import rope_table
-from nanochat.model.value_embeddings import Lane, make_lane
+from nanochat.model.value_embeddings import Lane, make_lane, square_of
 
 
 class Block(Checkpointed):
@@ -43,7 +43,7 @@ class Block(Checkpointed):
     ) -> Tensor:
         """x: (B, T, d), or the residual streams (n, B, T, d); kept: tokens on which the backward runs (None: all)."""
         beside = [] if lane is None else [part for part in lane if part is not None]
-        square = [] if lane is None or lane.square is None else [lane.square]
+        square = [part for part in (square_of(lane),) if part is not None]
 
         def attention(u: Tensor) -> Tensor:
             if kept is None:
@@ -189,7 +189,7 @@ class GPT(nn.Module):
         kept = self.kept_rows if torch.is_grad_enabled() else None
         for block in self.blocks:
             x = through(block, x, cos, sin, cache, kept, lane)  # type: ignore[arg-type]
-        return self.norm(reduce(x) if self.config.streams > 1 else x, None if lane is None else lane.square)
+        return self.norm(reduce(x) if self.config.streams > 1 else x, square_of(lane))
 
     def head_weight(self) -> Tensor:
         """The output matrix (V, d): the embedding table when tied."""

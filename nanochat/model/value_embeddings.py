@@ -38,6 +38,11 @@ def make_lane(values: Tensor, config: GPTConfig) -> Lane:
     return Lane(values, values.square().sum(-1, keepdim=True) if config.lane_width else None)
 
 
+def square_of(lane: Lane | None) -> Tensor | None:
+    """What the norms count of a lane, (B, T, 1); None where there is no such thing."""
+    return None if lane is None else lane.square
+
+
 def rounded_gain(gain: Tensor) -> Tensor:
     """Gains as a file holds them: scales of a block, in float16; of the gains' own dtype."""
     return gain.to(torch.float16).to(gain.dtype)
@@ -67,7 +72,7 @@ class ValueEmbedding(nn.Module):
         self.gain: nn.Parameter | None = None
         self.gate: nn.Linear | None = None
         if config.value_gate == "static":
-            self.gain = nn.Parameter(torch.full((heads,), config.value_gain))
+            self.gain = nn.Parameter(torch.full((heads,), float(config.value_gain)))
         else:
             self.gate = nn.Linear(VALUE_GATE_CHANNELS, heads, bias=False)
 

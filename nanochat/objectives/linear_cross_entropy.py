@@ -279,7 +279,7 @@ def _select(chunk: _Chunk, options: _Options) -> tuple[Tensor, Tensor, Tensor | 
     positions, row_weights = choice if isinstance(choice, tuple) else (choice, None)  # (B', K)
     offsets = torch.arange(scores.shape[0], device=positions.device)[:, None] * length
     index = (positions + offsets).flatten()
-    return index, positions, None if row_weights is None else row_weights.reshape(-1, 1).float()
+    return index, positions, None if row_weights is None else row_weights.reshape(-1, 1).to(scores.dtype)
 
 
 class _Chunk:

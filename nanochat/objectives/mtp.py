@@ -21,8 +21,9 @@ from nanochat.model.bitlinear import BitLinear
 from nanochat.model.compact_backward import KeptRows
 from nanochat.model.gpt import Block, reset_blocks, through
 from nanochat.model.norm import RMSNorm
+from nanochat.model.value_embeddings import square_of
 from nanochat.objectives.linear_cross_entropy import IGNORED, linear_cross_entropy
-from nanochat.objectives.sampling import draw, generator
+from nanochat.objectives.sampling import draw_positions, generator
 from nanochat.objectives.step import Objective, Step
 
 KINDS = ("sequential", "weights-only", "parallel")
@@ -132,6 +133,11 @@ class MultiTokenPrediction(Objective):
         make = {"sequential": SequentialHead, "parallel": ParallelHead}.get(kind)
         self.heads = nn.ModuleList(make(config, source) for _ in range(tokens)) if make else nn.ModuleList()
 
+    def describe(self) -> str:
+        """For a run's header and card; empty where the weight switches it off."""
+        tokens = f"{self.tokens} further token{'s' if self.tokens > 1 else ''}"
+        return f"MTP ({self.kind}, {tokens})" if self.weight else ""
+
     def weights(self, step: int, max_steps: float) -> list[float]:
         """Weight of each further token at an optimizer step; they add up to `weight` at the start."""
         total = sum(DECAY**i for i in range(self.tokens))
@@ -163,7 +169,7 @@ class MultiTokenPrediction(Objective):
                 yield hidden.new_zeros(())
                 continue
             target = target.flatten()
-            index = draw(target != IGNORED, count, generator(self.seed, step.micro_step, i))
+            index = draw_positions(target != IGNORED, count, generator(self.seed, step.micro_step, i))
             rows = hidden.index_select(0, index)[None]  # (1, count, d)
             if self.kind == "parallel":
                 rows = self.heads[i](rows)
@@ -175,11 +181,12 @@ class MultiTokenPrediction(Objective):
         valid = torch.stack([target != IGNORED for target in targets])  # (k, B, T)
         candidates = valid.any(0).any(-1)  # (B,)
         count = max(1, round(self.fraction * batch))
-        index = draw(candidates, count, generator(self.seed, step.micro_step))
+        index = draw_positions(candidates, count, generator(self.seed, step.micro_step))
         # a sequence stands for this many; the mean of the full loss has the valid targets of all in its denominator
         scale = candidates.sum() / candidates.sum().clamp(1, count)
         hidden, embedded = step.hidden[index], step.embedded[index]
-        square = None if step.lane is None or step.lane.square is None else step.lane.square[index]
+        square = square_of(step.lane)
+        square = None if square is None else square[index]
         cos, sin = step.gpt.cos[:length], step.gpt.sin[:length]
         kept = None if step.kept is None else KeptRows(step.kept[index])
         for i, target in enumerate(targets[: last_nonzero(weights) + 1]):

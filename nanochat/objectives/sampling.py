@@ -14,7 +14,7 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def draw(valid: Tensor, count: int, source: torch.Generator) -> Tensor:
+def draw_positions(valid: Tensor, count: int, source: torch.Generator) -> Tensor:
     """Distinct random indices of the true entries, every subset of them as likely as any other.
 
     Args:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat import __version__
-from nanochat.config.schema import in_sweep
+from nanochat.config.schema import in_sweep, places_of_user
 from nanochat.console import clock_time
 from nanochat.errors import UserError
 from nanochat.files import atomic_write, shown
@@ -29,6 +29,7 @@ from nanochat.reports.header import (
     describe_machine,
     describe_model,
     describe_optimizer,
+    describe_techniques,
     peak_resident_bytes,
     tokens_per_step,
 )
@@ -63,7 +64,7 @@ class RunReport:
         self.parameters = sum(p.numel() for p in module.parameters())
         metrics = self._metrics(trainer)
         self._summary("finished", trainer, metrics)
-        self._card(trainer, metrics)
+        self._card(trainer, module, metrics)
         return metrics
 
     def abort(self, trainer: Trainer | None, error: BaseException) -> None:
@@ -140,12 +141,14 @@ class RunReport:
                 f"{self.folder / 'summary.json'} cannot be written: {failure.strerror or failure}."
             ) from failure
 
-    def _card(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+    def _card(self, trainer: Trainer, module: torch.nn.Module, metrics: dict[str, float]) -> None:
         place = shown(self.folder)
         table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
         table.add_row("model", describe_model(self.cfg, self.parameters))
+        if techniques := describe_techniques(self.cfg, trainer, module):
+            table.add_row("techniques", techniques)
         table.add_row("data", self.data.describe())
         size = f", {metrics['optim/bytes'] / 1e6:,.1f} MB of state" if "optim/bytes" in metrics else ""
         table.add_row("optimizer", f"{describe_optimizer(self.cfg, trainer.optimizers)}{size}")
@@ -174,7 +177,8 @@ class RunReport:
         if last.exists():
             prompt = "def " if self.cfg["data"].get("corpus") in ("stdlib", "code") else "The "
             table.add_row("next", f"nanochat generate {place} --prompt '{prompt}'")
-            table.add_row("", f"nanochat train --resume {place} {self._longer(trainer)}")
+            more = [self._longer(trainer), *places_of_user()]
+            table.add_row("", f"nanochat train --resume {place} {' '.join(more)}")
             table.add_row("", f"nanochat export {place}")
         console = Console(highlight=False)
         if not console.is_terminal:

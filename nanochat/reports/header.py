@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from nanochat.config.schema import NODE_GROUPS, PLAIN_KEYS, TARGET_GROUPS
 from nanochat.device import capabilities
 
 
@@ -26,6 +27,28 @@ def describe_optimizer(plain_cfg: dict[str, Any], optimizers: Sequence[Optimizer
     """The rules of the one optimizer's groups, and the learning rate."""
     rules = dict.fromkeys(group["rule"] for group in optimizers[0].param_groups) if optimizers else {}
     return f"{' + '.join(rules)}, lr {plain_cfg['optim']['lr']:g}"
+
+
+def describe_techniques(plain_cfg: dict[str, Any], trainer: Any, module: Any) -> str:
+    """What the run has beyond the plain recipe; empty for nothing.
+
+    The network's own switches, then what objectives and callbacks with a method `describe()` say of themselves, then
+    the names of the features that say nothing.
+    """
+    model, texts = plain_cfg["model"], []
+    if model.get("int8") is True:
+        texts.append("int8 forward")
+    if tables := model.get("value_embeddings"):
+        texts.append(f"{tables} table{'s' if tables > 1 else ''} of value embeddings ({model.get('value_gate')} gate)")
+    if (streams := model.get("streams", 1)) > 1:
+        texts.append(f"{streams} residual streams ({model.get('stream_maps')} maps)")
+    speaking = [part for part in (*module.objectives.values(), *trainer.callbacks) if hasattr(part, "describe")]
+    texts += [part.describe() for part in speaking]
+    known = {*PLAIN_KEYS, *TARGET_GROUPS, *NODE_GROUPS}
+    nodes = {key: node for key, node in plain_cfg.items() if key not in known and isinstance(node, dict)}
+    heard = {type(part).__name__ for part in speaking}
+    texts += [k for k, n in nodes.items() if "_target_" in n and n["_target_"].rpartition(".")[2] not in heard]
+    return ", ".join(filter(None, texts))
 
 
 def tokens_per_step(plain_cfg: dict[str, Any]) -> int:

@@ -227,6 +227,7 @@ def test_names_the_switch_that_llama_cpp_cannot_run(change, message):
         ({"dim": 200}, "f16", "q8_0", "--embedding-type q8_0.*model.dim is 200"),
         ({"weight_block": 64}, "tq1_0", "q8_0", "model.weight_block is 64"),
         ({"ternary": False}, "tq2_0", "q8_0", "model.ternary=false"),
+        ({"dim": 200}, "tq2_0", "q8_0", "--type tq2_0 needs a width"),  # the type first: the rest follows from it
         ({}, "q8_0", "q8_0", "--type q8_0 is unknown"),
         ({}, "f32", "tq2_0", "--embedding-type tq2_0 is unknown"),
     ],

@@ -79,3 +79,10 @@ def test_a_tokenizer_of_another_model(run, monkeypatch):
     monkeypatch.setattr(ByteTokenizer, "vocab_size", 400)
     with pytest.raises(UserError, match="do not belong together"):
         cli.main([run])
+
+
+def test_a_gguf_file_is_for_the_commands_that_serve():
+    with pytest.raises(
+        UserError, match=r"generate reads runs; for a GGUF file use nanochat chat a/b\.gguf, or nanochat serve"
+    ):
+        cli.main(["a/b.gguf"])

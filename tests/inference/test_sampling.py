@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.errors import UserError
-from nanochat.inference.sampling import Sampling, draw, probabilities, sample
+from nanochat.inference.sampling import Sampling, draw_tokens, probabilities, sample
 
 
 def brute_force(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
@@ -64,7 +64,7 @@ def test_draws_follow_the_distribution():
     weights = torch.tensor([0.3, 0.0, 0.2, 0.15, 0.1, 0.1, 0.05, 0.05, 0.03, 0.015, 0.005], dtype=torch.float64)
     n = 20_000
     generator = torch.Generator().manual_seed(3)
-    tokens = draw(weights.expand(n, -1), [generator] * n)
+    tokens = draw_tokens(weights.expand(n, -1), [generator] * n)
     counts = tokens.bincount(minlength=len(weights)).double()
     assert counts[1] == 0
     positive = weights > 0

@@ -12,7 +12,7 @@ from nanochat.checkpoint import load_run
 from nanochat.errors import UserError
 from nanochat.inference import cli
 from nanochat.inference.engine import generate_tokens, inference_copy
-from nanochat.inference.sampling import Sampling, draw, probabilities
+from nanochat.inference.sampling import Sampling, draw_tokens, probabilities
 from nanochat.inference.speculative import Speculator, accept, build_heads, heads_of
 from nanochat.objectives.mtp import MultiTokenPrediction
 from tests.inference.helpers import SMALL, random_gpt, write_run
@@ -115,12 +115,12 @@ def test_what_is_accepted_has_the_true_distribution(seed):
     true, draft = true / true.sum(1, keepdim=True), draft / draft.sum(1, keepdim=True)
     found, accepted = Counter(), 0
     for _ in range(count):
-        drafts = [int(draw(draft[:1], [generator]))]
-        drafts.append(int(draw(draft[drafts[0]][None], [generator])))
+        drafts = [int(draw_tokens(draft[:1], [generator]))]
+        drafts.append(int(draw_tokens(draft[drafts[0]][None], [generator])))
         new = accept(true[[0, *drafts]], drafts, [draft[0], draft[drafts[0]]], generator)
         accepted += len(new) - 1
         if len(new) == 1:  # the second token comes from the next pass
-            new.append(int(draw(true[new[0]][None], [generator])))
+            new.append(int(draw_tokens(true[new[0]][None], [generator])))
         found[tuple(new[:2])] += 1
     exact = {(a, b): float(true[0, a] * true[a, b]) for a in range(words) for b in range(words)}
     chi = sum((found[key] - p * count) ** 2 / (p * count) for key, p in exact.items() if p)

@@ -178,7 +178,7 @@ def test_in_bf16_autocast_the_streams_stay_in_float32():
     x.sum().backward()
 
 
-@pytest.mark.parametrize(("values", "message"), [((3, "static"), "mhc.streams=3"), ((2, "learned"), "mhc.maps")])
+@pytest.mark.parametrize(("values", "message"), [((3, "static"), "model.streams=3"), ((2, "learned"), "mhc.maps")])
 def test_values_that_it_does_not_have(values, message):
     with pytest.raises(ConfigError, match=message):
         config(*values)

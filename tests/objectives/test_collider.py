@@ -13,7 +13,7 @@ from nanochat.model.compact_backward import KeptRows
 from nanochat.objectives import IGNORED, NextToken, Step
 from nanochat.objectives.mtp import MultiTokenPrediction
 from nanochat.objectives.next_token import kept_metrics
-from nanochat.objectives.sampling import draw, generator
+from nanochat.objectives.sampling import draw_positions, generator
 from nanochat.objectives.token_filter import TopTokens, kept_count
 from nanochat.training.callbacks.collider import Collider
 from nanochat.training.score_cache import ScoreCache
@@ -66,7 +66,7 @@ def test_metrics():
 
 
 # a micro-batch in which a sequential head draws the last two of three sequences
-MICRO_STEP = next(m for m in range(50) if draw(torch.ones(3).bool(), 2, generator(0, m)).tolist() == [1, 2])
+MICRO_STEP = next(m for m in range(50) if draw_positions(torch.ones(3).bool(), 2, generator(0, m)).tolist() == [1, 2])
 
 
 def run_step(gpt, objectives, tokens, targets, compact):
@@ -220,16 +220,18 @@ def test_a_cut_off_record_is_not_read(tmp_path):
     assert np.isfinite(second.numpy()).all()
 
 
-def test_random_tokens_are_drawn_anew_for_each_micro_batch():
+@pytest.mark.parametrize("score", ["random", "gradient"])
+def test_random_tokens_are_drawn_anew_for_each_micro_batch(score):
     module = SimpleNamespace(cfg={"seed": 5}, gpt=GPT(BASE), objectives={"next_token": NextToken(BASE)})
     losses = scores(3, 24)
 
     def chosen(consumed, seed=5):
         module.cfg["seed"] = seed
         trainer = SimpleNamespace(global_step=0, max_steps=100, datamodule=SimpleNamespace(consumed=consumed))
-        collider = Collider(0.5, "random", warmup_steps=0)
+        collider = Collider(0.5, score, warmup_steps=0)
         collider.on_train_batch_start(trainer, module, {"targets": torch.ones(3, 24, dtype=torch.long)}, 0)
         selected = module.objectives["next_token"].selector(losses)
+        selected = selected[0] if score == "gradient" else selected
         assert selected.shape == (3, 12)
         return selected.tolist()
 

@@ -82,7 +82,9 @@ def test_a_resume_without_the_feature_is_refused(run, place):
 
 
 @pytest.mark.parametrize(
-    "features", [BOTH, [*BOTH, "mtp.kind=parallel", "mtp.tokens=3", "collider.score=loss"]], ids=["default", "other"]
+    "features",
+    [BOTH, [*BOTH, "mtp.kind=parallel", "mtp.tokens=3", "collider.score=gradient"]],
+    ids=["default", "other"],
 )
 def test_resume_is_exact(run, place, features, monkeypatch):
     whole, folder = run(*features), place / f"resumed{len(features)}"

@@ -19,12 +19,12 @@ from nanochat.checkpoint import load_run
 from nanochat.errors import ConfigError, UserError
 from nanochat.model import GPT
 from nanochat.model.compact_backward import KeptRows
-from nanochat.objectives.linear_cross_entropy import linear_cross_entropy
+from nanochat.objectives.linear_cross_entropy import Selector, linear_cross_entropy
 from nanochat.objectives.sampling import generator
-from nanochat.objectives.token_filter import TopTokens, kept_count
+from nanochat.objectives.token_filter import GradientSample, TopTokens, kept_count
 from nanochat.training.score_cache import ScoreCache
 
-SCORES = ("loss", "excess", "random")
+SCORES = ("loss", "excess", "random", "gradient")
 
 
 class Collider(Callback):
@@ -33,8 +33,10 @@ class Collider(Callback):
     Args:
         sparsity: share of each sequence's tokens that get no backward, in [0, 1); 0 changes nothing at all.
         score: `loss` keeps the hardest tokens (the paper's simple score, in our study the worst); `excess` those whose
-            loss exceeds a reference model's the most (Rho-1, arXiv:2404.07965); `random`. None: `excess` with a
-            reference, else `random`.
+            loss exceeds a reference model's the most (Rho-1, arXiv:2404.07965); `random`; `gradient` draws tokens by
+            the size of their gradient and weighs them by 1 / probability, so that the gradient at the head and at the
+            final hidden states is unbiased (below them the tokens that were dropped are missing as keys and values, and
+            terms such as MTP's are plain means over the kept tokens). None: `excess` with a reference, else `random`.
         reference: run folder or checkpoint of the reference model, of the same tokenizer (for `excess`).
         cache: folder in which the reference's losses are kept, so that later runs on the same data need not compute
             them.
@@ -70,9 +72,13 @@ class Collider(Callback):
         self._reference: GPT | None = None
         self._cache: ScoreCache | None = None
 
+    def describe(self) -> str:
+        """For a run's header and card; empty where the sparsity switches it off."""
+        return f"Collider ({self.score}, {self.sparsity:.0%} dropped)" if self.sparsity else ""
+
     # ---- the two seams ------------------------------------------------------------------------------------------
 
-    def attach(self, module: LightningModule, selector: TopTokens) -> None:
+    def attach(self, module: LightningModule, selector: Selector) -> None:
         """Set the selector for the next forward, and the rows that its choice goes to."""
         module.gpt.kept_rows = KeptRows()  # type: ignore[union-attr]
         module.objectives["next_token"].selector = selector  # type: ignore[index]
@@ -105,9 +111,13 @@ class Collider(Callback):
             return
         shape = batch["targets"].shape
         count = kept_count(shape[1], self.sparsity)
+        source = generator(int(pl_module.cfg["seed"]), "collider", trainer.datamodule.consumed)  # type: ignore[attr-defined]
+        targets = batch["targets"]
+        selector: Selector
         if self.score == "random":
-            source = generator(int(pl_module.cfg["seed"]), "collider", trainer.datamodule.consumed)  # type: ignore[attr-defined]
-            selector = TopTokens(count, scores=torch.rand(shape, generator=source).to(batch["targets"].device))
+            selector = TopTokens(count, scores=torch.rand(shape, generator=source).to(targets.device))
+        elif self.score == "gradient":
+            selector = GradientSample(count, targets, torch.rand(shape[0], generator=source).to(targets.device))
         elif self.score == "excess":
             selector = TopTokens(count, baseline=self._reference_losses(batch))
         else:

@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 
 from nanochat.console import clock_time
 from nanochat.files import shown
-from nanochat.reports.header import describe_model, describe_optimizer, tokens_per_step
+from nanochat.reports.header import describe_model, describe_optimizer, describe_techniques, tokens_per_step
 from nanochat.training.callbacks.base import StepCallback
 from nanochat.training.callbacks.time_limit import find_limit
 
@@ -87,8 +87,10 @@ class Header(StepCallback):
     def rows(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
         """Name -> text."""
         settings, done = self.cfg["trainer"], trainer.global_step
+        techniques = describe_techniques(self.cfg, trainer, module)
         return {
             "model": describe_model(self.cfg, sum(p.numel() for p in module.parameters())),
+            **({"techniques": techniques} if techniques else {}),
             "data": self.data.describe(),
             "optimizer": describe_optimizer(self.cfg, trainer.optimizers),
             "precision": str(settings.get("precision")),

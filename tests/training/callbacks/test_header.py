@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
+from nanochat.model import GPTConfig
+from nanochat.objectives.mtp import MultiTokenPrediction
+from nanochat.reports.header import describe_techniques
 from nanochat.run import train
 from nanochat.training.callbacks import header
+from nanochat.training.callbacks.collider import Collider
 from nanochat.training.callbacks.header import Header
 from nanochat.training.module import NanoChatModule
 from tests.runs import configure
@@ -70,3 +74,20 @@ def test_the_estimate_is_of_steps_alone(monkeypatch: pytest.MonkeyPatch, caplog:
     assert [record.message for record in caplog.records] == [
         "about 0:46 for the 91 steps left, without validations and saves"
     ]
+
+
+def test_it_names_the_techniques() -> None:
+    config = GPTConfig(vocab_size=8, dim=16, n_heads=1, n_kv_heads=1, ffn_dim=16, n_layers=1)
+    model = {"value_embeddings": 1, "value_gate": "static", "streams": 2, "stream_maps": "static", "int8": True}
+    own = {"_target_": "somebody.Elses"}
+    target = "nanochat.training.callbacks.collider.Collider"
+    cfg = {"model": model, "optim": {"_target_": "x"}, "collider": {"_target_": target}, "demo": own, "mhc": {}}
+    module: Any = SimpleNamespace(objectives={"mtp": MultiTokenPrediction(config, kind="parallel", tokens=2)})
+    trainer: Any = SimpleNamespace(callbacks=[Header({}, None), Collider(sparsity=0.5)])
+    assert describe_techniques(cfg, trainer, module) == (
+        "int8 forward, 1 table of value embeddings (static gate), 2 residual streams (static maps), "
+        "MTP (parallel, 2 further tokens), Collider (random, 50% dropped), demo"
+    )
+    off: Any = SimpleNamespace(objectives={"mtp": MultiTokenPrediction(config, weight=0)})
+    trainer.callbacks = [Collider(sparsity=0)]
+    assert describe_techniques({"model": {"streams": 1, "int8": "auto"}}, trainer, off) == ""
