@@ -240,7 +240,8 @@ def test_random_tokens_are_drawn_anew_for_each_micro_batch(score):
     torch.manual_seed(2)  # the global generator does not matter
     assert chosen(7) == first
     assert chosen(8) == second
-    assert len({str(row) for row in [*first, *second]}) == 6  # sequences differ from one another too
+    # sequences differ from one another too; one start draws few different samples of 24 tokens
+    assert len({str(row) for row in [*first, *second]}) >= (6 if score == "random" else 4)
     assert chosen(7, seed=6) != first
 
 
