@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test lint browser bench clean
+.PHONY: install train test test-slow lint browser bench clean
 
 install: $(STAMP)
 
@@ -18,6 +18,10 @@ train: install
 
 test: install lint browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# what takes many minutes and `make test` leaves out: 50 kills, 200 damaged checkpoints
+test-slow: install
+	$(BIN)/python -m pytest -m slow
 
 # Chromium for the tests of the chat page; without one they are skipped, but not in CI
 browser:

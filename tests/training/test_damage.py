@@ -22,9 +22,7 @@ RUN = [
     "trainer.max_steps=6", "trainer.val_check_interval=4", "callbacks.checkpoint.every_n_train_steps=2",
     "~callbacks.sampler", "~callbacks.loss_plot", "~callbacks.progress",
 ]  # fmt: skip
-TRIALS = 60
-TRAINED = 20
-"""every so many trials, the run is resumed to its end"""
+KINDS = ("bytes", "block", "end")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +70,7 @@ def damage(path: Path, draw: random.Random) -> None:
     """In place, so that every hard link shows it: some bytes, a block of 4 KB, or the end cut off."""
     size = path.stat().st_size
     with path.open("r+b") as file:
-        kind = draw.choice(("bytes", "block", "end"))
+        kind = draw.choice(KINDS)
         if kind == "end":
             file.truncate(draw.randrange(size))
             return
@@ -84,11 +82,17 @@ def damage(path: Path, draw: random.Random) -> None:
             file.write(bytes(b ^ draw.randrange(1, 256) for b in old))
 
 
+@pytest.mark.parametrize(
+    ("trials", "every"),
+    [(60, 20), pytest.param(200, 1, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])],
+    ids=["60", "200, each trained to its end"],
+)
 def test_each_damage_of_the_newest(
-    place: Path, whole: Path, stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    place: Path, whole: Path, stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, trials: int, every: int
 ) -> None:
+    """Every so many trials, the run is resumed to its end."""
     fell_back = 0
-    for trial in range(TRIALS):
+    for trial in range(trials):
         folder = copy_run(stopped, tmp_path / f"{trial}")
         newest = folder / "checkpoints" / "last.ckpt"
         damage(newest, random.Random(trial))
@@ -104,12 +108,13 @@ def test_each_damage_of_the_newest(
             assert f"{newest} is " in caplog.text
             assert "damaged" in caplog.text
             assert f"Resuming from {found}, the newest whole checkpoint." in caplog.text
-        if trial % TRAINED == 0:
+        if trial % every == 0:
             train(configure(place, [*RUN, "ckpt_path=auto"]), folder)
             assert read_metrics(folder) == read_metrics(whole)
             same(read_state(folder), read_state(whole))
         shutil.rmtree(folder)
-    assert fell_back > TRIALS // 2
+    print(f"{fell_back} of {trials} damages were found, the others hit nothing that is read")
+    assert fell_back > trials // 2
 
 
 @pytest.mark.parametrize("ckpt_path", ["last", "auto"])
