@@ -29,7 +29,7 @@ from nanochat.config.compose import check_overrides, hydra_settings
 from nanochat.config.hydra_errors import explain
 from nanochat.config.overrides import COMPOSING, RESUME, Overrides
 from nanochat.config.saved import SavedConfig
-from nanochat.config.schema import CONF, sweep_folder
+from nanochat.config.schema import CONF, NOTHING_TO_MINIMISE, sweep_folder, sweeper_minimises
 from nanochat.errors import UserError, did_you_mean, print_error
 from nanochat.files import quoted
 from nanochat.reports import sweep
@@ -154,7 +154,10 @@ def _task(cfg: DictConfig) -> float | None:
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     try:
-        return train(_launch.checked or cfg, folder).get("val/bpb")
+        value = train(_launch.checked or cfg, folder).get("val/bpb")
+        if value is None and sweeper_minimises():
+            raise UserError(f"{NOTHING_TO_MINIMISE}: its validation counted no bytes of text.")
+        return value
     except UserError as error:
         if settings.mode == RunMode.MULTIRUN:
             _discard(folder)

@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from nanochat import cli, launch
+from nanochat.config import rules
 from nanochat.config.check import Checked, check
 from nanochat.errors import ConfigError, UserError
 from nanochat.reports import sweep
@@ -59,6 +60,8 @@ def runs(monkeypatch, tmp_path: Path) -> list[DictConfig]:
             raise KeyboardInterrupt
         if cfg.seed == 16:
             raise SystemExit(143)
+        if cfg.seed == 17:
+            return {"val/loss": 2.0}
         if not (place / "config.yaml").exists():
             OmegaConf.save(cfg, place / "config.yaml")
         summary = {"val/loss": 2.0 + cfg.seed, "val/bpb": 1.0 + cfg.seed, "optim/bytes": 1024}
@@ -285,6 +288,21 @@ def test_sweepers_get_the_bits_per_byte(runs, call: Call, monkeypatch) -> None:
     )
     assert call("-m", "seed=3,4")[0] == 0
     assert returned == [4.0, 5.0]
+
+
+def test_a_sweeper_without_a_value_to_minimise_is_told_so(runs, call: Call, monkeypatch) -> None:
+    assert call("-m", "seed=17")[0] == 0
+    monkeypatch.setattr(launch, "sweeper_minimises", lambda: True)
+    code, out, _ = call("-m", "seed=17")
+    assert code == 2
+    assert "a sweeper minimises val/bpb, and this run has none" in " ".join(out.split())
+    values = rules.Values({"data": {"corpus": "synthetic"}, "trainer": {"limit_val_batches": 0}}, [])
+    monkeypatch.setattr(rules, "sweeper_minimises", lambda: True)
+    texts = [str(problem) for problem in rules.sweeper_sees_something(values)]
+    assert [text.rpartition(": ")[2] for text in texts] == [
+        "trainer.limit_val_batches=0 has no validation.",
+        "data=synthetic has no text.",
+    ]
 
 
 def test_exit_codes_of_sweeps() -> None:

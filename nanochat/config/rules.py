@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from nanochat.config.features import feature_nodes
-from nanochat.config.schema import UNRESOLVED, Problem, features, keys_of_user, set_by_user, swept_keys
+from nanochat.config.schema import (
+    NOTHING_TO_MINIMISE,
+    UNRESOLVED,
+    Problem,
+    features,
+    keys_of_user,
+    set_by_user,
+    sweeper_minimises,
+    swept_keys,
+)
 from nanochat.config.signatures import show
 from nanochat.config.vocabulary import SMALLEST_VOCABULARY, build_data, plan_vocabulary
 from nanochat.console import duration
@@ -245,6 +254,17 @@ def early_stopping_sees_something(values: Values) -> Iterator[Problem]:
             yield Problem(f"{key}.monitor", text)
 
 
+def sweeper_sees_something(values: Values) -> Iterator[Problem]:
+    """What a sweeper minimises is measured."""
+    if not sweeper_minimises():
+        return
+    if values.number("trainer.limit_val_batches") == 0:
+        text = f"{NOTHING_TO_MINIMISE}: trainer.limit_val_batches=0 has no validation."
+        yield Problem("trainer.limit_val_batches", text)
+    if values.get("data.corpus") == "synthetic":
+        yield Problem("data.corpus", f"{NOTHING_TO_MINIMISE}: data=synthetic has no text.")
+
+
 def device_exists(values: Values) -> Iterator[Problem]:
     """The chosen device is there, and can compute in the chosen precision."""
     import torch
@@ -379,6 +399,7 @@ PLAIN_RULES: list[Rule] = [
     model_keys_take_part,
     loggers_work,
     early_stopping_sees_something,
+    sweeper_sees_something,
 ]
 TORCH_RULES: list[Rule] = [device_exists, parts_are_possible, optimizer_is_possible]
 """rules that need torch, run where no other problem was found; those that build come last"""

@@ -25,6 +25,7 @@ TARGET_GROUPS = ("model", "optim", "schedule", "data", "tokenizer", "trainer")
 """groups that are one node with a `_target_`"""
 NODE_GROUPS = ("logger", "callbacks")
 """groups that are named nodes, each with a `_target_` (or null)"""
+NOTHING_TO_MINIMISE = "a sweeper minimises val/bpb, and this run has none"
 RECIPES = ("experiment", "debug")
 """groups that only tune other groups"""
 DEFAULTS = (*TARGET_GROUPS, *NODE_GROUPS, *RECIPES)
@@ -142,6 +143,11 @@ def _choice(*groups: str) -> str:
 def in_sweep() -> bool:
     """Whether this run is a job of a sweep."""
     return HydraConfig.initialized() and str(HydraConfig.get().mode).endswith("MULTIRUN")
+
+
+def sweeper_minimises() -> bool:
+    """Whether this run is a job of a sweeper that looks for the lowest value, such as Optuna's."""
+    return in_sweep() and not str(HydraConfig.get().sweeper._target_).endswith(".BasicSweeper")
 
 
 def _sweep_name() -> str | None:
