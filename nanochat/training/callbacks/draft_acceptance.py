@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanochat.errors import UserError
 from nanochat.model import GPT
+from nanochat.model.value_embeddings import square_of
 from nanochat.objectives import IGNORED, Step
 from nanochat.objectives.mtp import MultiTokenPrediction, future_targets
 
@@ -61,7 +62,7 @@ def acceptance(gpt: GPT, mtp: MultiTokenPrediction, tokens: Tensor, targets: Ten
     step = Step.of(gpt, tokens, targets, eot_id=eot_id)
     own = _likeliest(gpt, step.hidden)  # (B, T): at t of token t + 1
     hidden, length = step.hidden, tokens.shape[1]
-    square = None if step.lane is None else step.lane.square
+    square = square_of(step.lane)
     accepted = torch.ones_like(own, dtype=torch.bool)
     shares = []
     for i, target in enumerate(future_targets(step, mtp.tokens)):
