@@ -217,9 +217,9 @@ def test_sixty_four_streams_each_equal_their_single_run(served):
         async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
             lengths = [4 + (7 * i) % 11 for i in range(64)]
             together = await asyncio.gather(*map(stream, [client] * 64, prompts, lengths))
-            alone = [await stream(client, p, n) for p, n in list(zip(prompts, lengths, strict=True))[::4]]
+            alone = [await stream(client, p, n) for p, n in zip(prompts, lengths, strict=True)]
             return together, alone
 
     together, alone = asyncio.run(everything())
-    assert together[::4] == alone
+    assert together == alone
     assert all(together)
