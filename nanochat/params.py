@@ -1,4 +1,4 @@
-"""`nanochat params model=d20`: where the parameters are, and what they cost in training and in a file."""
+"""`nanochat params model=d20`: where the parameters are, and what they cost in a file and in training."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from nanochat.export.sizes import file_bits, part_of
 from nanochat.optim import Optimizer
 from nanochat.reports.table import Table
 from nanochat.run import settle
+from nanochat.training.memory import Memory, predict
 from nanochat.training.module import NanoChatModule
 
 
@@ -77,8 +78,23 @@ def table(title: str, parts: dict[str, Part], total: Part) -> Table:
         sizes = (4 * part.parameters, part.optimizer_bytes, part.file_bytes)
         rows.append([name, f"{part.parameters:,}", share, *(f"{size / 1e6:,.1f}" for size in sizes)])
     headings = ["part", "parameters", "share", "float32 MB", "optimizer MB", "GGUF MB (TQ2_0, Q8_0)"]
-    note = "Training holds weights, gradients (as large as the weights), the optimizer's state, and activations."
-    return Table(title, headings, rows, [note])
+    return Table(title, headings, rows)
+
+
+def memory_table(cfg: dict[str, Any], memory: Memory) -> Table:
+    """What training takes at its peak, by part."""
+    data, trainer = cfg["data"], cfg["trainer"]
+    title = (
+        f"Training at its peak ({memory.moment}): {data['batch_size']} x {data['seq_len']:,} tokens, "
+        f"{trainer['precision']}, on {trainer['accelerator']}"
+    )
+    rows = [[name, f"{size / 2**20:,.0f}"] for name, size in (*memory.parts.items(), ("all", memory.peak))]
+    note = (
+        "Counted by rehearsing a step on tensors without memory; Python and torch take about half a GB more. Less: "
+        "activation_checkpointing=block, a smaller data.batch_size with more trainer.accumulate_grad_batches, an 8-bit "
+        "optimizer."
+    )
+    return Table(title, ["part", "MiB"], rows, [note])
 
 
 def main(argv: list[str]) -> int:
@@ -93,6 +109,7 @@ def main(argv: list[str]) -> int:
         sum(part.optimizer_bytes for part in parts.values()),
         sum(part.file_bytes for part in parts.values()),
     )
+    memory = predict(cfg)
     if options.json:
         figures = {
             "parameters": total.parameters,
@@ -101,10 +118,12 @@ def main(argv: list[str]) -> int:
             "optimizer_parts": {name: part.optimizer_bytes for name, part in parts.items()},
             "training_bytes": 8 * total.parameters + total.optimizer_bytes,
             "file_bytes": total.file_bytes,
+            "memory": {"peak": memory.peak, "moment": memory.moment, "parts": memory.parts},
         }
         print(json.dumps(figures))
         return 0
     model = cfg["model"]
     title = f"{model['n_layers']} layers of width {model['dim']}, a vocabulary of {model['vocab_size']:,}"
     table(title, parts, total).show()
+    memory_table(cfg, memory).show()
     return 0

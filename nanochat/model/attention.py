@@ -46,7 +46,7 @@ def _probabilities(q: Tensor, k: Tensor, rows: slice, positions: Tensor | None) 
     if positions is None:
         seen = rows.stop
     else:  # on a GPU `.max()` would force a host sync
-        seen = int(positions[:, rows].max()) + 1 if q.device.type == "cpu" else k.shape[1]
+        seen = min(int(positions[:, rows].max()) + 1, k.shape[1]) if q.device.type == "cpu" else k.shape[1]
     scores = torch.bmm(q.flatten(1, 2), k[:, :seen].mT)
     count = rows.stop - rows.start
     if positions is None:

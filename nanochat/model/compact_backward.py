@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import get_default_nowrap_functions
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nanochat.model.attention import attention_backward, causal_attention
 from nanochat.model.bitlinear import int8_activation
@@ -83,6 +84,15 @@ class Rows(Tensor):
         return tape.record(func, args, kwargs)
 
 
+def _shell(value: Tensor) -> Tensor:
+    """What Rows of a value are made of: the value itself, or, where it has no memory (a FakeTensor, which cannot be of
+    another class, too), something of its shape and dtype."""
+    if type(value) in (Tensor, nn.Parameter):
+        return value
+    with _disable_current_modes():
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
 def _tape_of(args: Iterable[Any]) -> Tape | None:
     for arg in args:
         if isinstance(arg, Rows):
@@ -117,7 +127,7 @@ class Tape:
     # ---- forward ------------------------------------------------------------------------------------------------
 
     def _rows(self, value: Tensor, wanted: bool) -> Rows:
-        rows = Tensor._make_subclass(Rows, value)
+        rows = Tensor._make_subclass(Rows, _shell(value))
         self._keys += 1
         rows.tape, rows.value, rows.key = self, value, self._keys
         if wanted:

@@ -127,6 +127,7 @@ class NanoChatModule(lightning.LightningModule):
 
         optimizer.set_progress(done, self.max_steps, schedule)  # type: ignore[attr-defined]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # here, since Lightning would hold the gradients until the next backward pass
         self.step_metrics = {name: (total / self._micro_batches).item() for name, total in self._sums.items()}
         if self._gradient_norm is not None:
             self.step_metrics["train/grad_norm"] = self._gradient_norm.item()

@@ -1,0 +1,159 @@
+"""What a run's training takes in memory, before it starts.
+
+Nothing is computed by a formula: one optimizer step of the run is rehearsed on tensors that have shapes and no memory,
+through the very code that trains, and a `Ledger` counts what lives.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from nanochat.config.features import feature_nodes
+from nanochat.device import autocast, find_device
+from nanochat.model.bitlinear import BitLinear, keep_trits
+from nanochat.model.compact_backward import KeptRows
+from nanochat.objectives import Step
+from nanochat.objectives.token_filter import TopTokens, kept_count
+from nanochat.training.callbacks.collider import Collider
+from nanochat.training.ledger import GRADIENTS, KINDS, STATES, TRITS, WEIGHTS, Ledger
+from nanochat.training.module import NanoChatModule
+
+linear_cross_entropy = importlib.import_module("nanochat.objectives.linear_cross_entropy")
+"""the module, which a function of its own name hides"""
+COARSE_BLOCK = 2**21
+"""logits that the rehearsed loss turns into exponentials at a time: a sixteenth of the operations, some MB more"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of training at their peak."""
+
+    parts: dict[str, int]
+    """by what they are for (`KINDS`), at the moment of the peak"""
+    moment: str
+    """forward and backward, or optimizer"""
+    others: dict[str, int]
+    """the peak of each moment"""
+
+    @property
+    def peak(self) -> int:
+        """bytes in all"""
+        return sum(self.parts.values())
+
+    @property
+    def fixed(self) -> int:
+        """bytes that neither a smaller micro-batch nor recomputation saves: weights and optimizer state"""
+        return self.parts[WEIGHTS] + self.parts[STATES]
+
+
+class Rehearsal:
+    """The optimizer steps of a run in a plain loop, holding what a run holds, on tokens that mean nothing.
+
+    Args:
+        cfg: a settled configuration whose vocabulary is a number.
+        device: of the tensors.
+        ledger: what they are told to.
+    """
+
+    def __init__(self, cfg: dict[str, Any], device: torch.device, ledger: Ledger) -> None:
+        self.cfg, self.device, self.ledger = cfg, device, ledger
+        self.accumulate = int(cfg["trainer"].get("accumulate_grad_batches") or 1)
+        with torch.device(device):
+            self.module = NanoChatModule(cfg)
+        self.named = dict(self.module.named_parameters())
+        ledger.mark(WEIGHTS, [*self.named.values(), *self.module.buffers()])
+        keep_trits(self.module, self.accumulate > 1)
+        self.optimizer = self.module.configure_optimizers()
+        for parameter in self.named.values():
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.mark(GRADIENTS, [p.grad]))
+        nodes = feature_nodes(cfg, Collider).values()
+        self.sparsity = max((float(node.get("sparsity", 0.4)) for node in nodes), default=0.0)
+        data = cfg["data"]
+        self.shape = int(data["batch_size"]), int(data["seq_len"])
+
+    def make_states(self) -> None:
+        """The optimizer's state as of the first step."""
+        for group in self.optimizer.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                state = self.optimizer.rules[group["rule"]].init(parameter, group, index)
+                self.optimizer.state[parameter] = state
+                self.ledger.mark(STATES, [value for value in state.values() if isinstance(value, Tensor)])
+
+    def micro_batch(self) -> None:
+        """Forward and backward."""
+        module, shape = self.module, self.shape
+        for linear in module.modules():
+            if isinstance(linear, BitLinear) and linear.ternary and linear.keep_trits:
+                self.ledger.mark(TRITS, linear.quantised())
+        tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        targets = torch.arange(shape[1], device=self.device).remainder(2).expand(shape)
+        if self.sparsity:
+            module.gpt.kept_rows = KeptRows()
+            selector = TopTokens(kept_count(shape[1], self.sparsity))
+            module.objectives["next_token"].selector = selector  # type: ignore[assignment]
+        with self.ledger.saving():
+            with autocast(self.device, self.cfg["trainer"]["precision"]):
+                step = Step.of(module.gpt, tokens, targets, max_steps=module.max_steps)
+                loss = torch.stack([objective(step) for objective in module.objectives.values()]).sum()
+            del step
+            (loss / self.accumulate).backward()
+
+    def update(self, every: bool = True) -> None:
+        """The optimizer's step with the clipping before it.
+
+        every: update every parameter; else one of each shape and group, which on a CPU takes as much memory, since
+            there they are updated one by one.
+        """
+        module, optimizer = self.module, self.optimizer
+        if clip := self.cfg["trainer"].get("gradient_clip_val"):
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None])
+            torch.nn.utils.clip_grads_with_norm_(self.named.values(), clip, norm)
+        optimizer.set_progress(1, module.max_steps, module.schedule)
+        for group in optimizer.param_groups:
+            if group.get("kernels") == "bitsandbytes":  # which work in place
+                continue
+            shapes = {tuple(p.shape): p for p in group["params"]}
+            optimizer.step_group(group if every else {**group, "params": list(shapes.values())})
+        optimizer.zero_grad()
+
+
+def predict(cfg: dict[str, Any], fake: bool = True) -> Memory:
+    """What training takes at its peak, on the device of the run.
+
+    It is that of an optimizer step but for the first, whose optimizer has no state yet. Not in it: Python and torch
+    themselves (about half a gigabyte of a CPU's memory), what kernels allocate for themselves, prefetched batches, a
+    reference model of Collider's, validation and samples, whose memory is less. A compiled block saves other
+    activations than the blocks that are rehearsed, mostly fewer.
+
+    Args:
+        cfg: a settled configuration whose vocabulary is a number.
+        fake: on tensors without memory; False computes the step, which tests compare.
+    """
+    device = find_device(cfg["trainer"]["accelerator"])
+    ledger, coarse = (
+        Ledger(device if fake else None),
+        mock.patch.object(linear_cross_entropy, "CPU_BLOCK", COARSE_BLOCK),
+    )
+    with ledger, coarse:
+        run = Rehearsal(cfg, device, ledger)
+        run.make_states()
+        if run.accumulate > 1:
+            for parameter in run.named.values():
+                parameter.grad = torch.zeros_like(parameter)
+                ledger.mark(GRADIENTS, [parameter.grad])
+        ledger.restart()
+        run.micro_batch()
+        training = ledger.peak
+        ledger.restart()
+        run.update(every=device.type != "cpu")
+        moments: dict[str, Counter[str]] = {"forward and backward": training, "optimizer": ledger.peak}
+    totals = {moment: sum(peak.values()) for moment, peak in moments.items()}
+    moment = max(totals, key=totals.__getitem__)
+    return Memory({kind: moments[moment][kind] for kind in KINDS}, moment, totals)

@@ -1,0 +1,97 @@
+"""The prediction of memory: what is counted without memory is what a real step holds, to the byte."""
+
+import pytest
+import torch
+
+from nanochat.config.compose import compose
+from nanochat.config.vocabulary import plan_vocabulary
+from nanochat.run import settle
+from nanochat.training.ledger import ACTIVATIONS, GRADIENTS, STATES, TRITS, WEIGHTS, WORKSPACE, Ledger
+from nanochat.training.memory import predict
+
+SMALL = [
+    "experiment=tiny", "model.dim=64", "model.n_layers=2", "model.ffn_dim=128", "data.seq_len=32", "data.batch_size=4",
+    "model.vocab_size=300", "tokenizer=byte", "trainer=cpu", "trainer.precision=32-true",
+]  # fmt: skip
+BF16 = "trainer.precision=bf16-mixed"
+CASES = [
+    [],
+    ["+mtp=on", "optim=adamw8bit"],
+    ["+collider=on", "optim=muon8bit", "+mtp=on"],
+    ["+mhc=on", "activation_checkpointing=block", "trainer.accumulate_grad_batches=2"],
+    ["+mhc=on", "mhc.maps=dynamic", "model.value_embeddings=2", "activation_checkpointing=feedforward", "optim=apollo"],
+    [BF16, "+collider=on", "optim=galore8bit", "optim.rank=8", "activation_checkpointing=every_other"],
+    [BF16, "model.weight_block=row", "model.int8=true", "optim=lion8bit"],
+    ["model.ternary=false", "loss.label_smoothing=0.1", "model.softcap=20", "optim=galore-muon8bit", "optim.rank=8"],
+]
+
+
+def settled(*overrides):
+    return plan_vocabulary(settle(compose([*SMALL, *overrides])))
+
+
+def counted(cfg):
+    """The prediction, from a real step: of networks this small that takes less time."""
+    return predict(cfg, fake=False)
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+def test_the_rehearsal_holds_what_a_real_step_holds(overrides):
+    cfg = settled(*overrides)
+    predicted, real = predict(cfg), predict(cfg, fake=False)
+    assert predicted == real
+    assert predicted.peak == max(predicted.others.values()) > predicted.fixed > 0
+
+
+def test_parts_against_their_own_sizes():
+    plain = counted(settled("optim=adamw"))
+    size = plain.parts[WEIGHTS]
+    assert 2 * size * 0.95 < plain.parts[STATES] < 2 * size * 1.05
+    assert plain.parts[TRITS] == 0
+    accumulated = counted(settled("optim=adamw", "trainer.accumulate_grad_batches=2"))
+    assert size * 0.95 < accumulated.parts[GRADIENTS] <= size
+    matrices = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    assert matrices < accumulated.parts[TRITS] < 1.1 * matrices
+
+
+def test_what_grows_with_the_batch():
+    one, two, four = (counted(settled(f"data.batch_size={size}")).parts for size in (4, 8, 16))
+    assert one[WEIGHTS] == two[WEIGHTS]
+    constant = 2 * one[ACTIVATIONS] - two[ACTIVATIONS]  # weights in their ternary form
+    assert four[ACTIVATIONS] == 4 * (one[ACTIVATIONS] - constant) + constant
+
+
+def test_checkpointing_saves_what_it_says():
+    sizes = [
+        counted(settled(f"activation_checkpointing={mode}", "model.n_layers=4")).parts[ACTIVATIONS]
+        for mode in ("none", "feedforward", "every_other", "block")
+    ]
+    assert sizes[0] > sizes[1] > sizes[3]
+    assert sizes[0] > sizes[2] > sizes[3]
+
+
+def test_a_ledger_by_hand():
+    with Ledger() as ledger:
+        a = torch.zeros(1000)  # 4,000 bytes
+        ledger.mark(WEIGHTS, [a])
+        b = a + 1
+        view = b[:10]
+        del b
+        assert ledger.held[WORKSPACE] == 4000
+        del view
+        assert ledger.held == {WEIGHTS: 4000, WORKSPACE: 0}
+        a.mul_(2)
+    assert ledger.peak == {WEIGHTS: 4000, WORKSPACE: 4000}
+
+
+def test_what_autograd_keeps_is_marked():
+    x = torch.ones(1000, requires_grad=True)
+    with Ledger() as ledger:
+        ledger.mark(WEIGHTS, [x])
+        with ledger.saving():
+            y = x.exp()  # saves its result
+            z = y * 2
+        assert ledger.held == {WEIGHTS: 4000, ACTIVATIONS: 4000, WORKSPACE: 4000}
+        z.sum().backward()
+        del y, z
+        assert ledger.held[ACTIVATIONS] == 0
