@@ -36,6 +36,7 @@ from nanochat.training.callbacks.progress import ProgressBar
 from nanochat.training.callbacks.time_limit import TimeLimit
 from nanochat.training.checkpoint_io import WholeFileIO
 from nanochat.training.failures import in_words
+from nanochat.training.fit import check_fits, choose_batch
 from nanochat.training.module import NanoChatModule, model_config
 from nanochat.training.resume import anchor_paths, check_resume, checkpoint_to_resume
 
@@ -69,6 +70,10 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
         log.warning("%s", warning)
     folder = Path(HydraConfig.get().runtime.output_dir) if folder is None else Path(folder)
     plain = settle(checked.values)
+    if checked.auto_batch:
+        plain = choose_batch(plain, folder)
+    if warning := check_fits(plain):
+        log.warning("%s", warning)
     lightning.seed_everything(plain["seed"], verbose=False)
 
     data = build_data(plain)

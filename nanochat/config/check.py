@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nanochat.config.features import check_names, check_types, feature_keys, is_node
 from nanochat.config.rules import PLAIN_RULES, TORCH_RULES, Values
-from nanochat.config.schema import NODE_GROUPS, TARGET_GROUPS, UNRESOLVED, Problem
+from nanochat.config.schema import NODE_GROUPS, TARGET_GROUPS, UNRESOLVED, Problem, recipe_batch
 from nanochat.config.signatures import check_arguments, check_nodes
 from nanochat.config.vocabulary import settle_vocabulary
 from nanochat.errors import ConfigError, did_you_mean
@@ -31,6 +31,8 @@ class Checked:
     """plain and resolved, the tokenizer's vocabulary size settled"""
     warnings: list[str]
     """what the user should know, for whoever has a log"""
+    auto_batch: bool = False
+    """`data.batch_size` is the recipe's, and to be replaced by what fits into the memory"""
 
 
 def check(cfg: DictConfig) -> Checked:
@@ -58,7 +60,7 @@ def check(cfg: DictConfig) -> Checked:
             logging.disable(before)
     if values.problems:
         raise ConfigError(list(dict.fromkeys(map(str, values.problems))))
-    return Checked(values.plain, values.warnings)
+    return Checked(values.plain, values.warnings, values.auto_batch)
 
 
 def plain_problems(cfg: DictConfig) -> list[str]:
@@ -74,6 +76,9 @@ def _plain_problems(cfg: DictConfig) -> Values:
     problems += check_names(cfg, plain)
     problems += _check_groups(plain)
     values = Values(plain, problems)
+    data = plain.get("data")
+    if isinstance(data, dict) and data.get("batch_size") == "auto":
+        data["batch_size"], values.auto_batch = recipe_batch(), True
     for rule in PLAIN_RULES:
         problems += list(rule(values))
     return values

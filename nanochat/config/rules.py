@@ -27,6 +27,7 @@ class Values:
     def __init__(self, plain: dict[str, Any], problems: list[Problem]) -> None:
         self.plain, self.problems = plain, problems
         self.warnings: list[str] = []
+        self.auto_batch = False
 
     def bad(self, key: str) -> bool:
         """Whether `key`, or anything below it, has a problem."""

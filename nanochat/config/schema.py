@@ -26,6 +26,8 @@ TARGET_GROUPS = ("model", "optim", "schedule", "data", "tokenizer", "trainer")
 NODE_GROUPS = ("logger", "callbacks")
 """groups that are named nodes, each with a `_target_` (or null)"""
 NOTHING_TO_MINIMISE = "a sweeper minimises val/bpb, and this run has none"
+DEFAULT_BATCH = 8
+"""sequences of a micro-batch where no file says"""
 RECIPES = ("experiment", "debug")
 """groups that only tune other groups"""
 DEFAULTS = (*TARGET_GROUPS, *NODE_GROUPS, *RECIPES)
@@ -101,6 +103,21 @@ def user_overrides() -> list[str]:
         return []
     overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     return [str(override) for override in overrides]  # type: ignore[union-attr]
+
+
+def recipe_batch() -> int:
+    """`data.batch_size` of the recipe, or of the data's option, that this run has chosen, whatever the user says."""
+    folders, made = [CONF], choices()
+    if HydraConfig.initialized():
+        folders += search_path(s.path for s in HydraConfig.get().runtime.config_sources if s.schema == "file")
+    keys = [(group, "data.batch_size") for group in reversed(RECIPES)] + [("data", "batch_size")]
+    for group, key in keys:
+        for folder in reversed(folders):
+            path = folder / group / f"{made.get(group)}.yaml"
+            value = OmegaConf.select(OmegaConf.load(path), key) if path.is_file() else None
+            if isinstance(value, int):
+                return value
+    return DEFAULT_BATCH
 
 
 def key_of(override: str) -> str:

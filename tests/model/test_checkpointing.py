@@ -74,12 +74,11 @@ def test_compiled_blocks():
     torch._dynamo.reset()
     config = GPTConfig(**{**SMALL, "n_layers": 1, "ternary": False})
     expected_loss, expected, whole = step(config, "none", compiled=True)
-    for mode in ("feedforward", "block"):
-        torch._dynamo.reset()
-        loss, got, size = step(config, mode, compiled=True)
-        assert torch.equal(loss, expected_loss)
-        assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
-        assert size < whole
+    torch._dynamo.reset()
+    loss, got, size = step(config, "feedforward", compiled=True)  # whole blocks are recomputed from outside
+    assert torch.equal(loss, expected_loss)
+    assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
+    assert size < whole
 
 
 def test_what_autograd_keeps_does_not_grow_with_the_width_of_the_feed_forward():
