@@ -102,7 +102,7 @@ def test_a_step_without_memory(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("nanochat.training.module.Step.of", refuse)
+    monkeypatch.setattr("nanochat.training.module.NanoChatModule.training_step", refuse)
     with pytest.raises(UserError, match=r"not enough memory for a training step.*activation_checkpointing=block saves"):
         train(configure(tmp_path, [*RUN, "data.batch_size=4"]), tmp_path / "run")
     assert fit.out_of_memory(RuntimeError("CUDA error"), {}) is None
