@@ -98,16 +98,6 @@ def test_a_run_keeps_the_batch_that_it_has_found(tmp_path, monkeypatch, caplog):
     assert read_state(tmp_path / "run")["global_step"] == 4
 
 
-def test_a_step_without_memory(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr("nanochat.training.module.NanoChatModule.training_step", refuse)
-    with pytest.raises(UserError, match=r"not enough memory for a training step.*activation_checkpointing=block saves"):
-        train(configure(tmp_path, [*RUN, "data.batch_size=4"]), tmp_path / "run")
-    assert fit.out_of_memory(RuntimeError("CUDA error"), {}) is None
-
-
 @pytest.mark.parametrize(("limit", "expected"), [("5000000\n", [4_200_000]), ("max\n", [])])
 def test_limits_of_a_control_group(limit, expected, tmp_path):
     group = tmp_path / "sys" / "job"
