@@ -29,10 +29,14 @@ from nanochat.config.compose import check_overrides, hydra_settings
 from nanochat.config.hydra_errors import explain
 from nanochat.config.overrides import COMPOSING, RESUME, Overrides
 from nanochat.config.saved import SavedConfig
-from nanochat.config.schema import CONF, NOTHING_TO_MINIMISE, sweep_folder, sweeper_minimises
+from nanochat.config.saved_sweep import read_sweep, resumed
+from nanochat.config.schema import CONF, NOTHING_TO_MINIMISE, sweep_folder, sweeper_minimises, user_overrides
 from nanochat.errors import UserError, did_you_mean, print_error
-from nanochat.files import quoted
+from nanochat.files import quoted, shown
 from nanochat.reports import sweep
+from nanochat.reports.live import LiveTable
+
+log = logging.getLogger(__name__)
 
 LEAVINGS = {
     ".hydra",
@@ -64,6 +68,8 @@ class _Launch:
 
 
 _launch = _Launch()  # global, since it is Hydra that makes the hooks, from the name of their class
+_tables: list[LiveTable] = []
+"""what a sweep shows on a terminal; apart from `_launch`, which goes with the task to other processes"""
 
 
 class Hooks(Callback):
@@ -90,9 +96,22 @@ class Hooks(Callback):
             raise SystemExit(1) from error
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        with hydra_settings(config):
-            folder = _launch.sweep_folder = Path(HydraConfig.get().sweep.dir).absolute()
-            _launch.made = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            with hydra_settings(config):
+                folder = Path(HydraConfig.get().sweep.dir).absolute()
+                _check_sweep(folder, user_overrides())
+                _launch.made = [path for path in (folder, *folder.parents) if not path.exists()]
+                _launch.sweep_folder = folder
+                grid = str(HydraConfig.get().sweeper._target_).endswith("BasicSweeper")
+                jobs = sweep.planned(user_overrides()) if grid else []
+        except UserError as error:
+            print_error(error)
+            raise SystemExit(error.exit_code) from error
+        sweep.forget(folder)
+        if sys.stderr.isatty():
+            os.environ[sweep.QUIET] = "1"  # for jobs in processes of their own, too
+            _tables.append(LiveTable(folder, jobs))
+            _tables[-1].start()
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         _launch.started = True
@@ -113,6 +132,15 @@ class Hooks(Callback):
             _launch.jobs.append(job)
         if error is not None and not isinstance(error, UserError):
             traceback.print_exception(error)
+
+
+def _check_sweep(folder: Path, overrides: list[str]) -> None:
+    """Raise `UserError` when a folder holds another sweep: its jobs would be taken for those of this one."""
+    saved = read_sweep(folder)
+    if saved is not None and saved.task != overrides:
+        raise UserError(
+            f"{shown(folder)} holds another sweep ({' '.join(saved.task)}); choose another hydra.sweep.dir."
+        )
 
 
 def _check_folder(folder: Path) -> None:
@@ -153,8 +181,15 @@ def _task(cfg: DictConfig) -> float | None:
     _quieten_lightning()
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
+    if settings.mode == RunMode.MULTIRUN:
+        if (done := sweep.finished(folder)) is not None:
+            log.info("%s is finished already.", shown(folder))
+            return done.get("val/bpb")
+        if (folder / "checkpoints").is_dir():
+            cfg.ckpt_path = "auto"
     try:
-        value = train(_launch.checked or cfg, folder).get("val/bpb")
+        with sweep.quiet():
+            value = train(_launch.checked or cfg, folder).get("val/bpb")
         if value is None and sweeper_minimises():
             raise UserError(f"{NOTHING_TO_MINIMISE}: its validation counted no bytes of text.")
         return value
@@ -181,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     global _launch
     _launch = _Launch()
-    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    before, full, here = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), os.getcwd()
     try:
         words, check_saved = resume(list(sys.argv[1:] if argv is None else argv))
         flags, overrides = split(words)
@@ -211,7 +246,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         raise_unless_reported(error)
     finally:
+        while _tables:
+            _tables.pop().stop()
+            os.environ.pop(sweep.QUIET, None)
         sys.argv = before
+        os.chdir(here)
         os.environ.pop("HYDRA_FULL_ERROR", None)
         if full is not None:
             os.environ["HYDRA_FULL_ERROR"] = full
@@ -259,7 +298,8 @@ def resume(words: list[str]) -> tuple[list[str], Callable[[], None]]:
     """Turn `--resume RUN` into the arguments for Hydra that continue RUN with its own configuration.
 
     The saved config.yaml (every value resolved) takes the place of the groups, so that neither later changes of
-    conf/ nor the machine's `auto` change the run; further overrides of its values work.
+    conf/ nor the machine's `auto` change the run; further overrides of its values work. Of a sweep, the command line
+    is run again in its folder: jobs that are finished are skipped, others go on from their checkpoints.
 
     Returns:
         the arguments, and a check that imports what the saved configuration names, for when they are known to be right.
@@ -279,10 +319,14 @@ def resume(words: list[str]) -> tuple[list[str], Callable[[], None]]:
     name = name if equals else rest[place + 1]
     rest = rest[:place] + rest[place + (1 if equals else 2) :]
     if {"-m", "--multirun"} & set(rest):
-        raise UserError("--resume continues one run; it does not go with --multirun.")
+        raise UserError("--resume takes what is to be trained from the folder; it does not go with --multirun.")
     folder = Path(name).resolve()
     if not folder.is_dir():
         raise UserError(f"--resume {name}: there is no such run folder.")
+    if not (folder / "config.yaml").exists() and (saved_sweep := read_sweep(folder)) is not None:
+        words = resumed(folder, name, saved_sweep, rest, trusted)
+        os.chdir(saved_sweep.cwd or Path.cwd())  # relative paths are seen from there
+        return words, lambda: None
     config = SavedConfig(folder, name, rest, trusted)
     saved = config.read()
     ConfigStore.instance().store(name="saved_run", node=saved, package="_global_")

@@ -11,6 +11,7 @@ from typing import Any
 
 from nanochat.errors import UserError
 
+LAST_BYTES = 1 << 14  # of a metrics.csv, in which its last row lies
 STEP_FILE = re.compile(r"step=(\d+)\.ckpt")
 HEARTBEAT = "heartbeat.json"
 """where a run says that it lives, see `nanochat.training.callbacks.heartbeat`"""
@@ -80,6 +81,20 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         for row in csv.DictReader(lines)
         if row.get("step", "").isdigit() and None not in row and None not in row.values()
     ]
+
+
+def read_last_row(path: Path) -> dict[str, str]:
+    """The last whole row of a metrics.csv, without reading all of it; `{}` where there is none."""
+    try:
+        with path.open("rb") as file:
+            head = file.readline()
+            file.seek(max(file.tell(), path.stat().st_size - LAST_BYTES))
+            lines = file.read().rpartition(b"\n")[0].splitlines()
+    except OSError:
+        return {}
+    names = next(csv.reader([head.decode(errors="replace")]), [])
+    values = next(csv.reader([lines[-1].decode(errors="replace")]), []) if lines else []
+    return dict(zip(names, values, strict=True)) if len(names) == len(values) else {}
 
 
 def step_checkpoints(folder: Path) -> dict[int, Path]:

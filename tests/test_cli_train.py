@@ -64,7 +64,7 @@ def runs(monkeypatch, tmp_path: Path) -> list[DictConfig]:
             return {"val/loss": 2.0}
         if not (place / "config.yaml").exists():
             OmegaConf.save(cfg, place / "config.yaml")
-        summary = {"val/loss": 2.0 + cfg.seed, "val/bpb": 1.0 + cfg.seed, "optim/bytes": 1024}
+        summary = {"status": "finished", "val/loss": 2.0 + cfg.seed, "val/bpb": 1.0 + cfg.seed, "optim/bytes": 1024}
         (place / "summary.json").write_text(json.dumps(summary))
         return {"val/bpb": 1.0 + cfg.seed}
 
@@ -354,6 +354,75 @@ def test_resume_of_a_broken_configuration(runs, call: Call, tmp_path: Path) -> N
     assert "cannot be read" in call("--resume", "run")[2]
     (tmp_path / "run" / "config.yaml").write_text("a: 1")
     assert "not the configuration of a run" in call("--resume", "run")[2]
+
+
+# ---- resuming sweeps ------------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_sweep_goes_on(runs, call: Call, tmp_path: Path, monkeypatch) -> None:
+    """Finished jobs are skipped; the one that was stopped and those after it are run, with the same overrides."""
+    sweep_words = ("-m", "seed=1,15,2", "tags=[a,b]", "hydra.sweep.dir=swept")
+    assert call(*sweep_words)[0] == 130
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(launch.sweep, "finished", _finished_or_15(launch.sweep.finished))
+    code, out, err = call("--resume", "../swept")
+    assert (code, err) == (0, "")
+    assert [cfg.seed for cfg in runs] == [1, 15, 2]
+    assert "1 is finished already" in out
+    assert [row["job"] for row in csv.DictReader((tmp_path / "swept" / "sweep.csv").open())] == ["0", "2", "1"]
+    assert Path.cwd() == tmp_path / "elsewhere"
+    monkeypatch.chdir(tmp_path)
+    assert call(*sweep_words)[0] == 0  # the same command does the same
+    assert len(runs) == 3
+
+
+def _finished_or_15(finished: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    """As `sweep.finished`, and as if job 1 had been finished meanwhile."""
+    return lambda folder: {"val/bpb": 9.0} if folder.name == "1" else finished(folder)
+
+
+def test_failed_jobs_are_run_again(runs, call: Call, tmp_path: Path) -> None:
+    assert call("-m", "seed=1,13", "hydra.sweep.dir=swept")[0] == 2
+    assert call("--resume=swept")[0] == 2
+    assert [cfg.seed for cfg in runs] == [1, 13, 13]
+
+
+def test_a_sweep_keeps_its_jobs(runs, call: Call, tmp_path: Path) -> None:
+    assert call("-m", "seed=1,2", "hydra.sweep.dir=swept")[0] == 0
+    before = (tmp_path / "swept" / "sweep.csv").read_text()
+    code, _, err = call("-m", "seed=1,3", "hydra.sweep.dir=swept")
+    assert code == 2
+    assert err == "error: swept holds another sweep (seed=1,2); choose another hydra.sweep.dir.\n"
+    code, _, err = call("--resume", "swept", "seed=3")
+    assert (code, err.count("a sweep keeps its overrides (seed=3)")) == (2, 1)
+    (tmp_path / "swept" / "multirun.yaml").write_text("hydra: 3\n")
+    assert "cannot be read as what a sweep leaves" in call("--resume", "swept")[2]
+    assert len(runs) == 2
+    assert (tmp_path / "swept" / "sweep.csv").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("task", "hydra", "said"),
+    [
+        ("+trainer.profiler._target_=os.system", "hydra.mode=MULTIRUN", "would be run"),
+        ("+trainer={profiler: {_target_: os.system}}", "hydra.mode=MULTIRUN", "would be run"),
+        ("task_name=${oc.env:HOME}", "hydra.mode=MULTIRUN", "is an interpolation"),
+        ("data.cache_dir=/etc", "hydra.mode=MULTIRUN", "outside of the run folder"),
+        ("seed=1,2", "hydra.launcher._target_=os.system", "is a setting of Hydra's"),
+        ("seed=1,2", "hydra.searchpath=[file:///tmp]", "is a setting of Hydra's"),
+    ],
+)
+def test_a_stranger_s_sweep(runs, call: Call, tmp_path: Path, task: str, hydra: str, said: str) -> None:
+    (tmp_path / "swept").mkdir()
+    saved = {"hydra": {"overrides": {"task": [task], "hydra": [hydra]}, "runtime": {"cwd": str(tmp_path)}}}
+    (tmp_path / "swept" / "multirun.yaml").write_text(json.dumps(saved))
+    code, _, err = call("--resume", "swept")
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert runs == []
+    assert folders(tmp_path) == ["swept", "swept/multirun.yaml"]
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

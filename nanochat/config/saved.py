@@ -80,6 +80,22 @@ class SavedConfig:
             self._refuse([*self._named(saved), *self._written(saved)])
         return saved
 
+    def check_overrides(self, overrides: Sequence[str]) -> None:
+        """Compare the overrides of a saved sweep with what a saved configuration may say.
+
+        Raises:
+            ConfigError: they name code, or a place outside of the folder that would be written to.
+        """
+        tree: dict[str, Any] = {}
+        for override in overrides:
+            node, (*parents, last) = tree, key_of(override).replace("/", ".").split(".")
+            for parent in parents:
+                below = node.setdefault(parent, {})
+                node = below if isinstance(below, dict) else node.__setitem__(parent, {}) or node[parent]
+            node[last] = _parsed(override.partition("=")[2])
+        if not self.trusted:
+            self._refuse([*self._named(tree), *self._written(tree)])
+
     def check_types(self, saved: dict[str, Any]) -> None:
         """Compare what is named with the kinds of parts that a run is made of; this imports nanochat and Lightning.
 

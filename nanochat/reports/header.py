@@ -65,7 +65,8 @@ def describe_machine(device: torch.device) -> str:
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {system}"
     name = capabilities().get("cpu_name") or platform.processor() or "CPU"
     kind = "" if device.type == "cpu" else f" ({device.type})"
-    return f"{name}{kind}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads; {system}"
+    threads = torch.get_num_threads()
+    return f"{name}{kind}, {threads} thread{'s' * (threads > 1)} on {os.cpu_count()} logical cores; {system}"
 
 
 def peak_resident_bytes() -> int | None:

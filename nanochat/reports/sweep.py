@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import logging
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,10 @@ COLUMNS = {
 """key of summary.json -> heading"""
 RECORDS = ".jobs"
 """folder of the records of jobs that ran in other processes, below the sweep's"""
+
+
+QUIET = "NANOCHAT_SWEEP_TABLE"
+"""environment variable: a table shows the sweep, so that its jobs do not print"""
 
 
 @dataclass
@@ -71,6 +77,43 @@ def collect(sweep_folder: Path) -> list[Job]:
         error = (UserError if found["mistake"] else JobError)(found["error"]) if "error" in found else None
         jobs.append(Job(found["job"], found["overrides"], Path(found["folder"]), error))
     return sorted(jobs, key=lambda job: job.number)
+
+
+def forget(sweep_folder: Path) -> None:
+    """Remove the records of an earlier start, since every job has its turn again."""
+    for path in (sweep_folder / RECORDS).glob("*.json"):
+        path.unlink(missing_ok=True)
+
+
+def planned(overrides: Sequence[str]) -> list[str]:
+    """What each job of a grid has of its own, by number."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    jobs = [list(job) for batch in batches for job in batch]
+    common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    return [" ".join(word for word in job if word not in common) for job in jobs]
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The summary of a job that has come to its end; None where it has still to train."""
+    summary = read_summary(folder)
+    return summary if summary.get("status") == "finished" else None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep a job from printing where a table shows the sweep; train.log has it all."""
+    if QUIET not in os.environ:
+        yield
+        return
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def sentence(error: BaseException) -> str:

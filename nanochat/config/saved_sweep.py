@@ -1,0 +1,82 @@
+"""The command line that a sweep's folder holds, which may be a stranger's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nanochat.config.saved import TRUST, SavedConfig
+from nanochat.config.schema import key_of
+from nanochat.errors import ConfigError, UserError
+from nanochat.files import quoted
+
+FILE = "multirun.yaml"
+OURS = re.compile(r"hydra\.(sweep\.dir|run\.dir|mode)$")
+"""Hydra's settings that a resume gives anew"""
+HARMLESS = re.compile(
+    r"hydra/(launcher|sweeper)$|hydra\.sweep\.subdir$|hydra\.sweeper\.(max_batch_size|n_trials|seed|prune)$"
+    r"|hydra\.launcher\.(n_jobs|timeout_min|cpus_per_task|gpus_per_node|mem_gb|nodes|tasks_per_node|array_parallelism)$"
+)
+"""Hydra's settings that a stranger's sweep may make"""
+
+
+@dataclass(frozen=True)
+class SavedSweep:
+    """What a sweep was started with.
+
+    Args:
+        task: overrides of its jobs, as typed. hydra: overrides of Hydra itself.
+        cwd: the folder that relative paths are seen from; None where it is gone.
+    """
+
+    task: list[str]
+    hydra: list[str]
+    cwd: Path | None
+
+
+def read_sweep(folder: Path) -> SavedSweep | None:
+    """The command line of the sweep in a folder; None where there is no sweep.
+
+    Raises:
+        UserError: its multirun.yaml is not one that a sweep leaves.
+    """
+    path = folder / FILE
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        overrides: dict[str, Any] = found["hydra"]["overrides"]
+        cwd = Path(str(found["hydra"]["runtime"]["cwd"]))
+        words = [[str(word) for word in overrides[kind]] for kind in ("task", "hydra")]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as what a sweep leaves.") from error
+    return SavedSweep(*words, cwd if cwd.is_dir() else None)
+
+
+def resumed(folder: Path, name: str, saved: SavedSweep, rest: Sequence[str], trusted: bool) -> list[str]:
+    """The command line that goes on with a sweep.
+
+    Args:
+        name: the folder as the user wrote it. rest: the rest of the command line.
+        trusted: whether to believe all that the folder says.
+
+    Raises:
+        UserError: the rest changes the jobs.
+        ConfigError: the sweep names what only `--trust` allows.
+    """
+    own = [word for word in rest if not word.startswith("-") and not key_of(word).startswith("hydra")]
+    values = [rest[i + 1] for i, word in enumerate(rest[:-1]) if word in ("--config-dir", "-cd")]
+    if own := [word for word in own if word not in values]:
+        raise UserError(f"--resume {name}: a sweep keeps its overrides ({own[0]}); start another one for other jobs.")
+    given = {key_of(word) for word in rest}
+    settings = [word for word in saved.hydra if not OURS.match(key_of(word)) and key_of(word) not in given]
+    if not trusted:
+        if strange := [word for word in settings if not HARMLESS.match(key_of(word)) or "${" in word]:
+            raise ConfigError(f"--resume {name}: {strange[0]} is a setting of Hydra's; give it again, or {TRUST}")
+        SavedConfig(folder, name, rest).check_overrides(saved.task)
+    return ["-m", *saved.task, *settings, *rest, f"hydra.sweep.dir={quoted(folder)}"]
