@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if _launch.sweep_folder is not None and not _launch.jobs:
                 _launch.jobs = sweep.collect(_launch.sweep_folder)
     except UserError as error:
-        if not _launch.jobs:
+        if not is_reported(error):
             print_error(error)
             return error.exit_code
     except KeyboardInterrupt:
@@ -288,9 +288,14 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
     return flags, options.overrides
 
 
+def is_reported(error: Exception) -> bool:
+    """Whether an error is that of a sweep's job, which is in the table."""
+    return any(job.error is error or str(job.error) == sweep.sentence(error) for job in _launch.jobs)
+
+
 def raise_unless_reported(error: Exception) -> None:
-    """Raise an error again, unless it is that of a sweep's job, which is in the table."""
-    if not any(job.error is error or str(job.error) == sweep.sentence(error) for job in _launch.jobs):
+    """Raise an error again, unless it is in the table."""
+    if not is_reported(error):
         raise error
 
 

@@ -425,6 +425,52 @@ def test_a_stranger_s_sweep(runs, call: Call, tmp_path: Path, task: str, hydra: 
     assert folders(tmp_path) == ["swept", "swept/multirun.yaml"]
 
 
+# ---- a search -------------------------------------------------------------------------------------------------------
+
+SEARCH = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=swept")
+
+
+def test_a_search_goes_for_the_least_bits_per_byte(runs, call: Call, tmp_path: Path) -> None:
+    code, out, err = call(
+        *SEARCH, "seed=range(0,10)", "optim.lr=tag(log,interval(0.003,0.1))", "hydra.sweeper.n_trials=4"
+    )
+    assert (code, err) == (0, "")
+    assert len(runs) == 4
+    assert len({cfg.optim.lr for cfg in runs}) == 4
+    assert all(0.003 <= cfg.optim.lr <= 0.1 for cfg in runs)
+    best = min(range(4), key=lambda i: runs[i].seed)
+    assert f"The best of 4 trials is job {best}: seed={runs[best].seed} optim.lr=" in out
+    # more trials go on from there, and none is made twice
+    code, out, err = call("--resume", "swept", "hydra.sweeper.n_trials=5")
+    assert (code, err) == (0, "")
+    assert len(runs) == 5
+    assert "The best of 5 trials" in out
+
+
+def test_a_search_that_was_stopped_goes_on_with_its_trial(runs, call: Call, tmp_path: Path) -> None:
+    words = (*SEARCH, "seed=1,15", "optim.lr=interval(0.01,0.1)", "hydra.sweeper.n_trials=12", "hydra.sweeper.seed=3")
+    assert call(*words)[0] == 130
+    count = len(runs)
+    assert runs[-1].seed == 15
+    assert call(*words)[0] == 130
+    assert len(runs) == count + 1
+    assert runs[-1].optim.lr == runs[-2].optim.lr
+    assert sorted(path.name for path in (tmp_path / "swept").glob("[0-9]*")) == sorted(map(str, range(count)))
+
+
+def test_a_search_s_mistakes(runs, call: Call, monkeypatch, tmp_path: Path) -> None:
+    assert "and nothing is" in call(*SEARCH, "seed=1")[2]
+    assert "hydra.sweeper.n_trials=0 must be" in call(*SEARCH, "seed=1,2", "hydra.sweeper.n_trials=0")[2]
+    sys.modules["nanochat.run"].train = lambda given, folder: {}  # type: ignore[attr-defined]
+    code, _, err = call(*SEARCH, "seed=1,2")
+    assert code == 2
+    assert (
+        err == "error: job 0 has no val/bpb, which the search minimises: it needs data with text, and a validation.\n"
+    )
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert "pip install 'nanochat[optuna]'" in call(*SEARCH[:2], "seed=1,2")[2]
+
+
 # ---- processes ------------------------------------------------------------------------------------------------------
 
 

@@ -50,12 +50,12 @@ def read_sweep(folder: Path) -> SavedSweep | None:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         overrides: dict[str, Any] = found["hydra"]["overrides"]
         cwd = Path(str(found["hydra"]["runtime"]["cwd"]))
-        words = [[str(word) for word in overrides[kind]] for kind in ("task", "hydra")]
+        task, hydra = ([str(word) for word in overrides[kind]] for kind in ("task", "hydra"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as what a sweep leaves.") from error
-    return SavedSweep(*words, cwd if cwd.is_dir() else None)
+    return SavedSweep(task, hydra, cwd if cwd.is_dir() else None)
 
 
 def resumed(folder: Path, name: str, saved: SavedSweep, rest: Sequence[str], trusted: bool) -> list[str]:
@@ -75,6 +75,9 @@ def resumed(folder: Path, name: str, saved: SavedSweep, rest: Sequence[str], tru
         raise UserError(f"--resume {name}: a sweep keeps its overrides ({own[0]}); start another one for other jobs.")
     given = {key_of(word) for word in rest}
     settings = [word for word in saved.hydra if not OURS.match(key_of(word)) and key_of(word) not in given]
+    for plugin in ("launcher", "sweeper"):
+        if f"hydra/{plugin}" in given:  # another one does not know the options of the first
+            settings = [word for word in settings if not key_of(word).startswith(f"hydra.{plugin}.")]
     if not trusted:
         if strange := [word for word in settings if not HARMLESS.match(key_of(word)) or "${" in word]:
             raise ConfigError(f"--resume {name}: {strange[0]} is a setting of Hydra's; give it again, or {TRUST}")

@@ -1,0 +1,162 @@
+"""`hydra/sweeper=optuna`: a search for the settings with the lowest val/bpb.
+
+Hydra's own plugin for Optuna requires a version before 3. The study lies in the sweep's folder (SQLite), and the number
+of a trial is that of its job, so that a search that was killed goes on: finished trials count, and one that was
+training is trained to its end in its folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from nanochat.errors import UserError
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
+
+log = logging.getLogger(__name__)
+
+STUDY = "nanochat"
+
+
+class Search(Sweeper):
+    """Asks Optuna (TPE) for values, trains with them, and tells it the val/bpb.
+
+    Args:
+        n_trials: of the whole search, those of earlier starts among them.
+        seed: of the search.
+        batch: trials that are asked for at once; more than 1 only with a launcher that runs jobs side by side.
+    """
+
+    def __init__(self, n_trials: int = 20, seed: int = 0, batch: int = 1) -> None:
+        self.n_trials, self.seed, self.batch = n_trials, seed, batch
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Train until there are `n_trials` trials.
+
+        Raises:
+            UserError: an option is wrong, Optuna is missing, nothing is left open, or a run has no val/bpb.
+        """
+        for name, value in (("n_trials", self.n_trials), ("batch", self.batch)):
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"hydra.sweeper.{name}={value} must be a whole number of at least 1.")
+        fixed, space = search_space(arguments)
+        assert self.config is not None
+        assert self.launcher is not None
+        folder = Path(self.config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        study = open_study(folder, self.seed)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        for trials in iter(lambda: self._next(study, space), []):
+            jobs = [[*fixed, *(f"{key}={trial.params[key]}" for key in space)] for trial in trials]
+            for trial, job in zip(trials, self.launcher.launch(jobs, initial_job_idx=trials[0].number), strict=True):
+                _tell(study, trial.number, job)
+        finished = [trial for trial in study.trials if trial.value is not None]
+        if finished:
+            best = study.best_trial
+            words = " ".join(f"{key}={value}" for key, value in best.params.items())
+            log.info("The best of %d trials is job %d: %s", len(finished), best.number, words)
+
+    def _next(self, study: Study, space: dict[str, BaseDistribution]) -> list[FrozenTrial]:
+        """Trials with numbers in a row: one that an earlier start left, or new ones."""
+        from optuna.trial import TrialState
+
+        for trial in study.get_trials(states=[TrialState.RUNNING]):
+            if set(trial.params) == set(space):
+                return [trial]
+            study.tell(trial.number, state=TrialState.FAIL)  # killed before it had its values
+        count = min(self.batch, self.n_trials - len(study.trials))
+        numbers = [study.ask(space).number for _ in range(count)]
+        return [study.trials[number] for number in numbers]
+
+
+def open_study(folder: Path, seed: int) -> Study:
+    """The study of a sweep's folder, which is made if it is missing; raises `UserError` without Optuna."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("hydra/sweeper=optuna needs Optuna: pip install 'nanochat[optuna]'.") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = f"sqlite:///{(folder / 'study.db').absolute()}"
+    study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True, direction="minimize")
+    # a search that goes on draws other numbers than at its start
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
+    return study
+
+
+def search_space(arguments: Sequence[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
+    """The overrides that are the same for all, and what is left open by key.
+
+    Raises:
+        UserError: Optuna is missing, nothing is left open, or in a way that Optuna does not know.
+    """
+    fixed, space = [], {}
+    for override in OverridesParser.create().parse_overrides(list(arguments)):
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            space[key] = _distribution(override)
+        else:
+            fixed.append(f"{key}={override.get_value_element_as_str()}")
+    if not space:
+        raise UserError(
+            "hydra/sweeper=optuna searches over what is left open, such as optim=muon,adamw or "
+            "'optim.lr=tag(log,interval(0.003,0.1))', and nothing is."
+        )
+    return fixed, space
+
+
+def _distribution(override: Override) -> BaseDistribution:
+    try:
+        from optuna import distributions
+    except ImportError as error:
+        raise UserError("hydra/sweeper=optuna needs Optuna: pip install 'nanochat[optuna]'.") from error
+    value: Any = override.value()
+    if isinstance(value, ChoiceSweep):
+        return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))
+    logarithmic = "log" in (getattr(value, "tags", None) or ())
+    try:
+        if isinstance(value, IntervalSweep):
+            low, high = value.start, value.end
+            if isinstance(low, int) and isinstance(high, int):
+                return distributions.IntDistribution(low, high, log=logarithmic)
+            return distributions.FloatDistribution(float(low or 0.0), float(high or 0.0), log=logarithmic)
+        if isinstance(value, RangeSweep):
+            return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))
+    except ValueError as error:
+        raise UserError(f"{override.input_line}: {error}") from error
+    raise UserError(f"{override.input_line}: give a choice (a,b), a range(...) or an interval(...).")
+
+
+def _tell(study: Study, number: int, job: JobReturn) -> None:
+    from optuna.trial import TrialState
+
+    if job.status is JobStatus.FAILED:
+        study.tell(number, state=TrialState.FAIL)
+        return
+    value = job.return_value
+    if value is None or not math.isfinite(value):
+        study.tell(number, state=TrialState.FAIL)
+        raise UserError(
+            f"job {number} has no val/bpb, which the search minimises: it needs data with text, and a validation."
+        )
+    study.tell(number, float(value))
