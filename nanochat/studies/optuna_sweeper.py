@@ -21,6 +21,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from nanochat.compat import job_error
 from nanochat.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Search(Sweeper):
         """Train until there are `n_trials` trials.
 
         Raises:
-            UserError: an option is wrong, Optuna is missing, nothing is left open, or a run has no val/bpb.
+            UserError: an option is wrong, Optuna is missing, nothing is left open, or the first trial cannot be run.
         """
         for name, value in (("n_trials", self.n_trials), ("batch", self.batch)):
             if not isinstance(value, int) or value < 1:
@@ -148,15 +149,14 @@ def _distribution(override: Override) -> BaseDistribution:
 
 
 def _tell(study: Study, number: int, job: JobReturn) -> None:
+    """Note how a trial ended; a user's mistake ends a search in which nothing has worked yet."""
     from optuna.trial import TrialState
 
-    if job.status is JobStatus.FAILED:
-        study.tell(number, state=TrialState.FAIL)
+    failed = job.status is JobStatus.FAILED
+    value = None if failed else job.return_value
+    if value is not None and math.isfinite(value):
+        study.tell(number, float(value))
         return
-    value = job.return_value
-    if value is None or not math.isfinite(value):
-        study.tell(number, state=TrialState.FAIL)
-        raise UserError(
-            f"job {number} has no val/bpb, which the search minimises: it needs data with text, and a validation."
-        )
-    study.tell(number, float(value))
+    study.tell(number, state=TrialState.FAIL)
+    if failed and isinstance(error := job_error(job), UserError) and not study.get_trials(states=[TrialState.COMPLETE]):
+        raise error
