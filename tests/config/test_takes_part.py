@@ -11,16 +11,7 @@ from nanochat.config.check import check
 from nanochat.config.compose import compose
 from nanochat.config.overrides import Overrides
 from nanochat.errors import ConfigError
-
-
-def problems(*overrides: str) -> list[str]:
-    """Everything that is wrong with a command line."""
-    try:
-        compose(overrides)
-    except ConfigError as error:
-        return error.problems
-    return []
-
+from tests.config.helpers import problems
 
 LANE = ("value_embedding_layers=[0]", "value_embedding_width=128", "value_gain=1", "value_embedding_std=0.1")
 
@@ -78,7 +69,7 @@ def test_a_number_is_finite() -> None:
 
 def test_a_users_own_callback_may_have_an_infinite_value() -> None:
     def configure(value: float) -> DictConfig:
-        own = {"_target_": "tests.test_config.Demo", "heads": 1, "scale": value}
+        own = {"_target_": "tests.config.helpers.Demo", "heads": 1, "scale": value}
         return OmegaConf.create({**default, "callbacks": {"own": own}})
 
     default = compose()

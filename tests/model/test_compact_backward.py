@@ -108,7 +108,7 @@ def kept_loss(gpt, hidden, targets, positions):
     ).loss
 
 
-def compare(gpt, monkeypatch, count, batch=2, length=None, tolerance=1e-5):
+def check_against_the_oracle(gpt, monkeypatch, count, batch=2, length=None, tolerance=1e-5):
     tokens, targets = data(gpt.config, batch, length)
     positions = some_positions(batch, tokens.shape[1], count)
     expected = gradients(gpt, oracle_hidden(gpt, tokens, positions, monkeypatch), targets, positions)
@@ -143,33 +143,33 @@ def compare(gpt, monkeypatch, count, batch=2, length=None, tolerance=1e-5):
     ids=str,
 )
 def test_every_gradient_is_the_oracles(switches, monkeypatch):
-    compare(network(replace(BASE, **switches)), monkeypatch, count=14)
+    check_against_the_oracle(network(replace(BASE, **switches)), monkeypatch, count=14)
 
 
 @pytest.mark.parametrize("count", [1, 2, 23, 24])
 def test_any_count(count, monkeypatch):
-    compare(network(BASE), monkeypatch, count)
+    check_against_the_oracle(network(BASE), monkeypatch, count)
 
 
 def test_more_queries_than_fit_a_block(monkeypatch):
     config = replace(BASE, n_layers=2, seq_len=3 * QUERY_BLOCK)
-    compare(network(config), monkeypatch, count=2 * QUERY_BLOCK - 7)
+    check_against_the_oracle(network(config), monkeypatch, count=2 * QUERY_BLOCK - 7)
 
 
 def test_sequences_shorter_than_the_model(monkeypatch):
-    compare(network(BASE), monkeypatch, count=7, batch=3, length=13)
+    check_against_the_oracle(network(BASE), monkeypatch, count=7, batch=3, length=13)
 
 
 def test_the_block_is_listed_once(monkeypatch):
     """Another activation, or no norm of q: one change in one place, and both passes follow."""
     monkeypatch.setattr(feedforward_module.F, "silu", F.relu)
-    compare(network(BASE), monkeypatch, count=14)
+    check_against_the_oracle(network(BASE), monkeypatch, count=14)
     monkeypatch.undo()
     gpt = network(BASE)
     for block in gpt.blocks:
         block.attention.q_norm.forward = lambda q: q
         block.attention.q_norm.weight.requires_grad_(False)
-    compare(gpt, monkeypatch, count=14)
+    check_against_the_oracle(gpt, monkeypatch, count=14)
 
 
 def test_without_a_choice_all_rows_are_kept():
