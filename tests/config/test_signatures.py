@@ -27,7 +27,7 @@ HERE = "tests.config.helpers"
         ({"_target_": f"{HERE}.Dmeo", "heads": 1}, ["x._target_", "'Dmeo'", "did you mean 'Demo'"]),
         ({"_target_": "nanochat.model.confg.GPTConfig"}, ["'confg'", "did you mean 'config'"]),
         ({"_target_": "nanochta.model.config.GPTConfig"}, ["no package 'nanochta'", "did you mean 'nanochat'"]),
-        ({"_target_": f"{HERE}.HERE"}, ["cannot be called"]),
+        ({"_target_": "tests.config.test_signatures.HERE"}, ["cannot be called"]),
         ({"_target_": "not a name"}, ["must be a dotted name"]),
         ({"_target_": f"{HERE}.Open", "head": 1}, ["x.head is not an argument", "did you mean 'heads'"]),
         ({"_target_": f"{HERE}.Strict", "mode": "mni"}, ["x.mode=mni", "one of min, max"]),
