@@ -19,7 +19,7 @@ from nanochat.errors import UserError
 from nanochat.reports import workspace
 from nanochat.reports.panels import SAMPLES, SUMMARY, Panel, all_panels
 from nanochat.reports.wandb_logger import log_files
-from nanochat.studies.dashboard import figure
+from nanochat.studies.dashboard import figure, labels
 from nanochat.studies.evidence import read_runs
 from nanochat.studies.wandb_sweep import sweep
 from tests.reports.folders import write_run
@@ -164,11 +164,17 @@ def test_lines_lie_where_metrics_has_them(tmp_path: Path) -> None:
     """100 tokens a step, and 1000 tokens a second: step 40 after 4000 tokens and 4 seconds."""
     (run,) = read_runs([write_run(tmp_path / "a <b>", 2.0)])
     for panel, end in ((Panel("t", "u", ("val/bpb",)), 4000), (Panel("t", "u", ("val/bpb",), against="time"), 4)):
-        points = re.findall(r'data-points="([^"]*)"', figure(panel, [run]))[0].split()
+        points = re.findall(r'data-points="([^"]*)"', figure(panel, [run], labels([run])))[0].split()
         assert points[-1] == f"{end},2"
         assert len(points) == 4
-    assert "<b>" not in figure(Panel("t", "u", ("val/bpb",)), [run])
-    assert figure(Panel("t", "u", ("no/such",)), [run]) == ""
+    assert "<b>" not in figure(Panel("t", "u", ("val/bpb",)), [run], labels([run]))
+    assert figure(Panel("t", "u", ("no/such",)), [run], ["x"]) == ""
+
+
+def test_runs_are_told_apart_by_their_overrides() -> None:
+    runs = [SimpleNamespace(name=f"f{i}", overrides=[*words, "seed=0"]) for i, words in
+            enumerate((["optim=muon"], ["optim=adamw", "+mtp=on"], [], ["a=1"], ["a=1"]))]  # fmt: skip
+    assert labels(runs) == ["optim=muon", "optim=adamw +mtp=on", "f2", "f3", "f4"]  # type: ignore[arg-type]
 
 
 def test_files_of_a_run_are_logged_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ BLOCKS: Sequence[Block] = (
         (
             Panel("Training loss", "nats per token", ("train/loss",)),
             Panel("Gradient norm", "L2 norm before clipping", ("train/grad_norm",)),
-            Panel("Learning rate", "of the first group", ("train/lr",)),
+            Panel("Learning rate", "optim.lr by its schedule", ("train/lr",)),
             Panel("Skipped steps", "steps", ("skipped_steps",)),
         ),
     ),

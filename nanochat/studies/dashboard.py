@@ -17,29 +17,39 @@ POINTS = 300
 
 def dashboard(runs: Sequence[Run], title: str) -> str:
     """The page: the same panels under the same headings; those without numbers in these runs are named at the end."""
-    sections, empty = [], []
+    sections, empty, names = [], [], labels(runs)
     for block in BLOCKS:
-        figures = {panel.title: figure(panel, runs) for panel in block.panels}
+        figures = {panel.title: figure(panel, runs, names) for panel in block.panels}
         sections.append(page.Section(block.heading, [page.columns(figures.values())] if any(figures.values()) else []))
         missing = [name for name, drawn in figures.items() if not drawn]
         if missing:
             empty.append(f"{', '.join(missing)}{f' (of runs with {block.needs})' if block.needs else ''}")
-    sections.insert(1, page.Section("Summary", [page.columns([summary(runs).html()], "scroll")]))
-    sections.append(page.Section("What they write", samples(runs)))
+    sections.insert(1, page.Section("Summary", [page.columns([summary(runs, names).html()], "scroll")]))
+    sections.append(page.Section("What they write", samples(runs, names)))
     if empty:
         said = page.paragraph(f"{'; '.join(empty)}.", "soft")
         sections.append(page.Section("Panels without numbers in these runs", [said]))
-    lead = [page.legend([run.name for run in runs])] if len(runs) > 1 else [page.paragraph(runs[0].name, "soft")]
+    lead = [page.legend(names)] if len(runs) > 1 else [page.paragraph(runs[0].name, "soft")]
     return page.document(title, lead, sections, "Written by nanochat wandb dashboard --offline.")
 
 
-def figure(panel: Panel, runs: Sequence[Run]) -> str:
-    """One panel of some runs, a line for each of its metrics; empty where none of them has any."""
+def labels(runs: Sequence[Run]) -> list[str]:
+    """What each run has of its own of the overrides, and its folder where that does not tell it from the others."""
+    common = set.intersection(*(set(run.overrides) for run in runs))
+    own = [" ".join(word for word in run.overrides if word not in common) for run in runs]
+    return [name if own.count(name) == 1 and name else run.name for name, run in zip(own, runs, strict=True)]
+
+
+def figure(panel: Panel, runs: Sequence[Run], names: Sequence[str]) -> str:
+    """One panel of some runs, a line for each of its metrics; empty where none of them has any.
+
+    names: of the runs.
+    """
     lines = []
     for number, run in enumerate(runs):
-        names = panel.found(name for row in run.rows[:1] for name in row)
+        metrics = panel.found(name for row in run.rows[:1] for name in row)
         clock = dict(run.clock) if panel.against == "time" else {}
-        for name in names:
+        for name in metrics:
             points = [
                 (place, value)
                 for step, value in thin(curve(run.rows, name))
@@ -47,25 +57,26 @@ def figure(panel: Panel, runs: Sequence[Run]) -> str:
             ]
             points = points[:: -(-len(points) // POINTS)] + points[-1:] if len(points) > POINTS else points
             if points and (panel.against == "tokens" or clock):
-                label = run.name if len(names) == 1 else f"{run.name}: {name}"
+                label = names[number] if len(metrics) == 1 else f"{names[number]}: {name}"
                 lines.append(page.Series(label, number, points, marks=len(points) <= 12))
     x = "tokens" if panel.against == "tokens" else "seconds of training"
     return page.lines(panel.title, x, panel.unit, lines)
 
 
-def summary(runs: Sequence[Run]) -> Table:
+def summary(runs: Sequence[Run], names: Sequence[str]) -> Table:
     """The figures of the summaries, a line for each run."""
     keys = [key for key in SUMMARY if any(_value(run, key) is not None for run in runs)]
-    rows = [
-        [run.name, str(run.summary.get("status", run.problem)), *(_text(_value(run, k)) for k in keys)] for run in runs
-    ]
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        cells = [_text(_value(run, key)) for key in keys]
+        rows.append([name, str(run.summary.get("status", run.problem)), *cells])
     return Table("", ["run", "status", *keys], rows)
 
 
-def samples(runs: Sequence[Run]) -> list[str]:
+def samples(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     """The last texts of every run."""
     cards = [
-        f'<div data-arm="{number}"><h3>{html.escape(run.name)}</h3>'
+        f'<div data-arm="{number}"><h3>{html.escape(names[number])}</h3>'
         + "".join(page.paragraph(prompt, "soft") + page.verbatim(text) for prompt, text in texts.items())
         + "</div>"
         for number, run in enumerate(runs)

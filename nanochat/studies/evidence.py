@@ -28,7 +28,8 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 RUN_FILES = ("config.yaml", "summary.json", "metrics.csv")
 BOOKKEEPING = ("seed", "tags", "ckpt_path", "task_name", "logger", "rate_scale", "data.seed", "data.cache_dir",
                "data.prefetch", *(f"callbacks.{name}" for name in
-               ("checkpoint", "loss_plot", "metrics", "progress", "sampler", "signals")))  # fmt: skip
+               ("checkpoint", "draft_acceptance", "loss_plot", "metrics", "progress", "sampler", "signals",
+                "ternary_health")))  # fmt: skip
 """keys in which the runs of an arm may differ"""
 TEXT = ("corpus", "paths", "val_paths", "extensions", "max_file_bytes", "val_tokens", "documents", "length", "entropy")
 """keys of the data that say which text it is"""
