@@ -23,7 +23,7 @@ from nanochat.zoo.card import describe, parse_metric, printable, read_text, rend
 from nanochat.zoo.manifest import CARD, MANIFEST, SHA256, Manifest, decode
 from nanochat.zoo.transfer import HUB, Folder, get_model, open_place, push_model, read_index, read_small
 
-PACKAGED_LIMIT = 4 << 20
+PACKAGED_LIMIT = 4_000_000
 """bytes of the weights of a model that comes with nanochat"""
 
 
