@@ -18,6 +18,15 @@ LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 log = logging.getLogger("mkdocs.hooks")
 
 
+def on_config(config):
+    """Put pages that the navigation does not name under a heading of their own."""
+    named = re.findall(r"'([\w./-]+\.md)'", repr(config.nav))
+    others = sorted(path.name for path in Path(config.docs_dir).glob("*.md") if path.name not in named)
+    if others:
+        config.nav = [*config.nav, {"More": others}]
+    return config
+
+
 def on_files(files, config):
     """Add experiments/**/*.md and their pictures."""
     for path in sorted((ROOT / "experiments").rglob("*")):

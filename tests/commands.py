@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 
 from nanochat.cli import VERBS
 from nanochat.config.compose import compose
@@ -59,10 +60,17 @@ def parsed(verb: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def jobs(words: list[str]) -> list[list[str]]:
-    """A command's overrides, one list for each job of a sweep."""
+    """A command's overrides, one list for each job of a sweep; of an interval to search in, its beginning."""
     if "-m" not in words:
         return [words]
-    overrides = OverridesParser.create().parse_overrides([w for w in words if w != "-m"])
+    machinery = ("-m", "hydra/launcher=", "hydra/sweeper=", "hydra.launcher.", "hydra.sweeper.")
+    words = [w for w in words if not w.startswith(machinery)]
+    overrides = []
+    for override in OverridesParser.create().parse_overrides(words):
+        value = override.value()
+        if isinstance(value, IntervalSweep):
+            override = OverridesParser.create().parse_override(f"{override.get_key_element()}={value.start}")
+        overrides.append(override)
     return [list(job) for batch in BasicSweeper.split_arguments(overrides, max_batch_size=None) for job in batch]
 
 

@@ -100,7 +100,9 @@ def _training_command(found: dict[str, Any]) -> str | None:
     """The command of a run, without where it was to put its folder."""
     overrides = found.get("overrides")
     if isinstance(overrides, list) and overrides:
-        return shlex.join(["python", "train.py", *(str(o) for o in overrides if not str(o).startswith("hydra."))])
+        return shlex.join(
+            ["python", "train.py", *(str(o) for o in overrides if not str(o).startswith(("hydra.", "ckpt_path=")))]
+        )
     return str(found["command"]) if found.get("command") else None
 
 
