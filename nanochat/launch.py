@@ -31,6 +31,7 @@ from nanochat.config.overrides import COMPOSING, RESUME, Overrides
 from nanochat.config.saved import SavedConfig
 from nanochat.config.saved_sweep import read_sweep, resumed
 from nanochat.config.schema import CONF, NOTHING_TO_MINIMISE, sweep_folder, sweeper_minimises, user_overrides
+from nanochat.environment import COMMAND, ranks_started
 from nanochat.errors import UserError, did_you_mean, print_error
 from nanochat.files import quoted, shown
 from nanochat.reports import sweep
@@ -216,6 +217,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     global _launch
     _launch = _Launch()
+    if ranks_started() > 1:
+        given = os.environ[COMMAND] = repr(list(sys.argv[1:] if argv is None else argv))
+        if os.environ["RANK"] != "0":
+            from nanochat.rank import follow
+
+            return follow()
+        if "'-m'" in given or "'--multirun'" in given:
+            print_error("a sweep starts the ranks of each job itself (trainer.devices=N); run it without torchrun.")
+            return 2
     before, full, here = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), os.getcwd()
     try:
         words, check_saved = resume(list(sys.argv[1:] if argv is None else argv))

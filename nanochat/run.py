@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from nanochat import run_lock
+from nanochat import ranks, run_lock
 from nanochat.config.check import Checked, check
 from nanochat.config.features import feature_nodes
 from nanochat.config.overrides import RESUME
@@ -24,17 +24,24 @@ from nanochat.config.schema import set_by_user
 from nanochat.config.vocabulary import build_data, fit_vocabulary
 from nanochat.data import DataModule
 from nanochat.device import default_precision, find_device, has_int8_products
+from nanochat.environment import rank_count, ranks_started
 from nanochat.errors import DivergedError, UserError
 from nanochat.files import atomic_write, shown
 from nanochat.model.config import int8_fits
 from nanochat.reports.card import RunReport
 from nanochat.reports.loggers import build_loggers, close_loggers
+from nanochat.training import launcher
+from nanochat.training.alike import check_alike
 from nanochat.training.callbacks.guard import NonFiniteError
 from nanochat.training.callbacks.header import Header
+from nanochat.training.callbacks.loss_plot import LossPlot
+from nanochat.training.callbacks.metrics import MetricsCSV
 from nanochat.training.callbacks.pending_validation import PendingValidation
 from nanochat.training.callbacks.progress import ProgressBar
+from nanochat.training.callbacks.sampler import TextSampler
 from nanochat.training.callbacks.time_limit import TimeLimit
 from nanochat.training.checkpoint_io import WholeFileIO
+from nanochat.training.distributed import OwnersStrategy
 from nanochat.training.failures import in_words
 from nanochat.training.fit import check_fits, choose_batch
 from nanochat.training.module import NanoChatModule, model_config
@@ -44,6 +51,8 @@ log = logging.getLogger(__name__)
 
 LENGTH = ("max_steps", "max_time")
 """values of the trainer that a resume may change for good"""
+RANK_ZERO = (Header, LossPlot, MetricsCSV, ProgressBar, TextSampler)
+"""callbacks that only tell of a run, which one rank does for all"""
 
 
 def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, float]:
@@ -60,6 +69,7 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
         ConfigError, UserError: before anything is built or written, or when the data, the machine or a checkpoint
             cannot be used.
         InUseError: another process trains in the folder.
+        RankDiedError, RankFailedError: one of several ranks has ended before the run.
         DivergedError: the last validation's loss is not finite.
         LostDeviceError: a GPU or a connection failed (exit code 75).
         SystemExit: 130, 143 or 75, when a signal ended the run after it was saved.
@@ -85,6 +95,14 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
         if checkpoint is not None:
             check_resume(checkpoint, plain)
         write_run_files(folder, plain, data)
+        count = rank_count(plain)
+        if count == 1:
+            return fit(folder, plain, data, checkpoint)
+        job = launcher.Job.here(plain, folder, checkpoint)
+        if ranks_started() == 1:
+            return launcher.run_ranks(job, count)
+        launcher.lead(job)
+        check_alike(plain, data)
         return fit(folder, plain, data, checkpoint)
 
 
@@ -92,11 +110,12 @@ def fit(folder: Path, plain: dict[str, Any], data: DataModule, checkpoint: Path 
     """Train from a checkpoint, or from the start, to the report; returns and raises as `train`."""
     limit = time_limit(plain)
     report, first = RunReport(folder, plain, data, limit), [*([limit] if limit else []), Header(plain, data)]
+    tells = ranks.rank() == 0
     trainer: Trainer | None = None
     loggers: list[Any] = []
     rate_scale = 1.0
     try:
-        loggers = build_loggers(plain, folder)
+        loggers = build_loggers(plain, folder) if tells else []
         while True:
             module = NanoChatModule(plain, rate_scale)
             trainer = build_trainer(plain, folder, loggers, *first)
@@ -111,18 +130,21 @@ def fit(folder: Path, plain: dict[str, Any], data: DataModule, checkpoint: Path 
         if trainer.enable_validation and module.validated_at != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
         check_finite(trainer)
-        return report.finish(trainer, module)
+        return report.finish(trainer, module) if tells else {}
     except SystemExit as error:
-        report.abort(trainer, error)
+        if tells:
+            report.abort(trainer, error)
         if isinstance(error.__context__, KeyboardInterrupt):  # without our signal handlers Lightning exits with 1
             raise SystemExit(130) from error
         raise
     except BaseException as error:
-        report.abort(trainer, error)
+        if tells:
+            report.abort(trainer, error)
         known = None if isinstance(error, UserError) else in_words(error, plain, *progress(trainer, folder))
         if known is None:
             raise
-        log.error("The run has failed.", exc_info=error)
+        if ranks.world() == 1:  # of several, each would show the traceback
+            log.error("The run has failed.", exc_info=error)
         raise known from error
     finally:
         clean_up(loggers)
@@ -150,6 +172,7 @@ def quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True")  # it is summed
 
 
 def settle(plain: dict[str, Any]) -> dict[str, Any]:
@@ -162,6 +185,8 @@ def settle(plain: dict[str, Any]) -> dict[str, Any]:
     device = find_device(accelerator)
     if accelerator == "auto":
         trainer["accelerator"] = device.type
+    if trainer.get("devices") == "auto":
+        trainer["devices"] = torch.cuda.device_count() if device.type == "cuda" else 1
     if trainer.get("precision") == "auto":
         trainer["precision"] = default_precision(device)
     model = plain.get("model") or {}
@@ -212,6 +237,10 @@ def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any], *firs
     if not bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     callbacks = [*first, *callbacks, PendingValidation()]  # after what records a validation
+    if ranks.rank():
+        callbacks = [callback for callback in callbacks if not isinstance(callback, RANK_ZERO)]
+    if ranks.world() > 1:
+        options["strategy"] = OwnersStrategy()
     return instantiate(
         options,
         callbacks=callbacks,

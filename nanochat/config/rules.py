@@ -17,6 +17,7 @@ from nanochat.config.schema import NOTHING_TO_MINIMISE, UNRESOLVED, Problem, set
 from nanochat.config.takes_part import idle_rates, model_keys_take_part
 from nanochat.config.vocabulary import SMALLEST_VOCABULARY, build_data, plan_vocabulary
 from nanochat.console import duration
+from nanochat.environment import rank_count, ranks_started
 from nanochat.errors import ConfigError, UserError, did_you_mean
 from nanochat.reports import wandb_account
 
@@ -160,10 +161,7 @@ def trainer_fits(values: Values) -> Iterator[Problem]:
     if (isinstance(interval, float) and not 0 < interval <= 1) or (isinstance(interval, int) and interval < 1):
         text = f"trainer.val_check_interval={interval} must be a number of optimizer steps, at least 1."
         yield Problem("trainer.val_check_interval", text)
-    devices = trainer.get("devices")
-    if devices not in (None, 1, "1", "auto") and not (isinstance(devices, list) and len(devices) == 1):
-        text = f"trainer.devices={devices} must be 1 (or a list of one index): a run trains on one device."
-        yield Problem("trainer.devices", text)
+    yield from _ranks_fit(trainer)
     limit = trainer.get("max_time")
     if limit is not None:
         try:
@@ -177,6 +175,33 @@ def trainer_fits(values: Values) -> Iterator[Problem]:
     if isinstance(device, str) and device not in DEVICES:
         text = f"trainer.accelerator={device} is unknown{did_you_mean(device, DEVICES)}"
         yield Problem("trainer.accelerator", text)
+
+
+def _ranks_fit(trainer: dict[str, Any]) -> Iterator[Problem]:
+    """How many ranks there are to be, and who starts them."""
+    devices, nodes = trainer.get("devices"), trainer.get("num_nodes")
+    if isinstance(devices, list):
+        good = bool(devices) and all(_is_whole(d) and d >= 0 for d in devices) and len(set(devices)) == len(devices)
+    else:
+        good = devices in (None, "auto") or (_is_whole(devices) and devices >= 1)
+    if not good:
+        text = f"trainer.devices={devices} must be the number of ranks, auto, or a list of different GPUs."
+        yield Problem("trainer.devices", text)
+        return
+    if nodes is not None and not (_is_whole(nodes) and nodes >= 1):
+        yield Problem("trainer.num_nodes", f"trainer.num_nodes={nodes} must be a whole number of at least 1.")
+        return
+    strategy = trainer.get("strategy")
+    if strategy not in (None, "auto"):
+        text = f"trainer.strategy={strategy}: several ranks (trainer.devices=N) train by nanochat's own; leave it out."
+        yield Problem("trainer.strategy", text)
+    started = ranks_started()
+    if started == 1 and (nodes or 1) > 1:
+        text = f"trainer.num_nodes={nodes} needs torchrun on each of the machines, see docs/distributed.md."
+        yield Problem("trainer.num_nodes", text)
+    if started > 1 and devices != "auto" and started != rank_count({"trainer": trainer}):
+        text = f"{started} ranks were started, but trainer.devices={devices or 1} and trainer.num_nodes={nodes or 1}"
+        yield Problem("trainer.devices", f"{text} ask for {rank_count({'trainer': trainer})}.")
 
 
 def loggers_work(values: Values) -> Iterator[Problem]:
@@ -226,6 +251,7 @@ def device_exists(values: Values) -> Iterator[Problem]:
     if isinstance(device, str) and {"cuda": not cuda, "gpu": not (cuda or mps), "mps": not mps}.get(device, False):
         text = f"trainer.accelerator={device}: this machine has no such device; choose trainer=cpu or trainer=auto."
         yield Problem("trainer.accelerator", text)
+    yield from _devices_exist(trainer.get("devices"), device)
     precision = str(trainer.get("precision", ""))
     if precision in ("16", "16-mixed", "16-true"):
         text = f"trainer.precision={precision} is too narrow for gradients that are not scaled"
@@ -236,6 +262,22 @@ def device_exists(values: Values) -> Iterator[Problem]:
     elif precision.startswith("transformer-engine") and importlib.util.find_spec("transformer_engine") is None:
         text = f"trainer.precision={precision} needs the package transformer_engine; use bf16-mixed, 32-true or auto."
         yield Problem("trainer.precision", text)
+
+
+def _devices_exist(devices: Any, accelerator: Any) -> Iterator[Problem]:
+    import torch
+
+    from nanochat.device import find_device
+
+    device = find_device(accelerator) if accelerator in DEVICES else None
+    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(getattr(device, "type", ""))
+    if device is not None and device.type == "cpu" and isinstance(devices, list):
+        text = f"trainer.devices={devices}: a CPU has no numbers; give the number of ranks, trainer.devices=N."
+        yield Problem("trainer.devices", text)
+    asked = max(devices) + 1 if isinstance(devices, list) else devices
+    if device is not None and there and isinstance(asked, int) and asked > there:
+        text = f"trainer.devices={devices}: this machine has {there} {device.type} device{'s' * (there > 1)}."
+        yield Problem("trainer.devices", text)
 
 
 def parts_are_possible(values: Values) -> Iterator[Problem]:

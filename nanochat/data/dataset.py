@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -126,6 +126,43 @@ class ValBatches:
         targets = torch.full(shape, IGNORED)
         tokens.view(-1)[:count], targets.view(-1)[:count] = text[:-1], text[1:]
         return {"tokens": tokens, "targets": targets}
+
+
+class RankBatches:
+    """One rank's rows of the global micro-batches: rows r * B to (r + 1) * B of the W * B of each.
+
+    Args:
+        batches: micro-batches of B rows.
+    """
+
+    def __init__(self, batches: Batches, rank: int, world: int) -> None:
+        self.batches, self.rank, self.world = batches, rank, world
+
+    def batch(self, index: int) -> Batch:
+        """This rank's rows of global micro-batch `index`."""
+        return self.batches.batch(index * self.world + self.rank)
+
+
+class RankValidation:
+    """One rank's batches of a validation: every W-th one, and as many on each rank; those beyond the end count nothing.
+
+    Args:
+        batches: a validation set.
+    """
+
+    def __init__(self, batches: Any, rank: int, world: int) -> None:
+        self.batches, self.rank, self.world = batches, rank, world
+
+    def __len__(self) -> int:
+        return -(-len(self.batches) // self.world)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index in range(self.rank, len(self) * self.world, self.world):
+            if index < len(self.batches):
+                yield self.batches.batch(index)
+            else:
+                batch = self.batches.batch(0)
+                yield {**batch, "targets": torch.full_like(batch["targets"], IGNORED)}
 
 
 def _checked(ids: np.ndarray, vocab_size: int) -> Tensor:

@@ -14,8 +14,9 @@ import lightning
 import numpy as np
 import torch
 
+from nanochat import ranks
 from nanochat.data import sources
-from nanochat.data.dataset import TrainBatches, ValBatches
+from nanochat.data.dataset import RankBatches, RankValidation, TrainBatches, ValBatches
 from nanochat.data.loader import PrefetchLoader
 from nanochat.data.prepare import COMPRESSED_BYTES, compression_of, prepare, share_of
 from nanochat.data.shards import Shards
@@ -306,14 +307,15 @@ class DataModule(lightning.LightningDataModule):
         if self._loader is None:
             trainer = self.trainer
             device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
-            self._loader = PrefetchLoader(self._train, lambda: self.consumed, self.prefetch, device)
+            batches = self._train if ranks.world() == 1 else RankBatches(self._train, ranks.rank(), ranks.world())
+            self._loader = PrefetchLoader(batches, lambda: self.consumed, self.prefetch, device)
         return self._loader
 
-    def val_dataloader(self) -> ValBatches | FiniteBatches:
+    def val_dataloader(self) -> ValBatches | FiniteBatches | RankValidation:
         """The same batches at each validation."""
         self._prepared()
         assert self._val is not None
-        return self._val
+        return self._val if ranks.world() == 1 else RankValidation(self._val, ranks.rank(), ranks.world())
 
     # ---- position ---------------------------------------------------------------------------------------------------
 
@@ -321,7 +323,8 @@ class DataModule(lightning.LightningDataModule):
         """What makes micro-batch i the same micro-batch."""
         shards = self._prepared()
         data = f"synthetic of {self.vocab_size}" if shards is None else shards.identity
-        return {"data": data, "seed": self.seed, "seq_len": self.seq_len, "batch_size": self.batch_size}
+        rows = self.batch_size * ranks.world()
+        return {"data": data, "seed": self.seed, "seq_len": self.seq_len, "batch_size": rows}
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in."""
@@ -343,6 +346,9 @@ class DataModule(lightning.LightningDataModule):
 
     def _compare(self, state: dict[str, Any]) -> None:
         here, names = self._identity(), {"data": "the text or its tokenizer"}
+        if ranks.world() > 1:
+            rows = f"data.batch_size={self.batch_size} on {ranks.world()} ranks"
+            names["batch_size"] = f"{rows} (it was {state.get('batch_size')} rows together)"
         differences = [
             names[key] if key in names else f"data.{key}={here[key]} (it was {state.get(key)})"
             for key in here

@@ -105,6 +105,7 @@ def linear_cross_entropy(
     chunk: int | None = None,
     head: HeadGradient | None = None,
     coefficient: Tensor | float = 1.0,
+    share: Callable[[Tensor], Tensor] | None = None,
 ) -> LinearCrossEntropy:
     """Cross entropy of `softmax(hidden @ weight.T)` in chunks.
 
@@ -120,6 +121,7 @@ def linear_cross_entropy(
         chunk: tokens at a time; by default `chunk_size`. With a selector it is rounded to whole sequences.
         head: gradient of `weight` that calls share. A first call without a coefficient opens it to later ones.
         coefficient: factor on the loss.
+        share: turns the number of valid targets here into this rank's share of that of all ranks, see `nanochat.ranks`.
 
     Under autocast the products run in its dtype; losses and the gradient of `weight` are accumulated in float32.
     The gradient exists once: a second backward through the same call raises.
@@ -138,7 +140,7 @@ def linear_cross_entropy(
     if later:
         weight = weight.detach()  # its gradient goes the first call's way
     options = _Options(
-        softcap, label_smoothing, z_loss, chunk, selector, row_weights, (batch, length), head, later, coefficient
+        softcap, label_smoothing, z_loss, chunk, selector, row_weights, (batch, length), head, later, coefficient, share
     )
     loss, per_token, kept = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), options)  # type: ignore[misc]
     return LinearCrossEntropy(loss, per_token.view(batch, length), kept)
@@ -156,12 +158,17 @@ class _Options(NamedTuple):
     later: bool
     """another call has opened `head`"""
     coefficient: Tensor | float
+    share: Callable[[Tensor], Tensor] | None
+
+    def divisor(self, valid: Tensor) -> Tensor:
+        """What the sum of the losses is divided by: the valid targets, at least one."""
+        return valid.clamp_min(1) if self.share is None else self.share(valid)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options):
-        dtype = product_dtype(hidden)
+        dtype, wide = product_dtype(hidden), torch.promote_types(weight.dtype, torch.float32)
         x, w = hidden.to(dtype), weight.to(dtype)  # (N, d), (V, d)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
@@ -170,9 +177,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if options.later:
             assert head is not None
             grad_weight = head.buffer
-            factor = coefficient * head.divisor / (targets != IGNORED).sum().clamp_min(1)
+            factor = coefficient * head.divisor / options.divisor((targets != IGNORED).sum())
         else:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+            grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         per_token = hidden.new_zeros(x.shape[0], dtype=torch.float32)
         total = hidden.new_zeros((), dtype=torch.float32)
         count = hidden.new_zeros((), dtype=torch.float32)
@@ -214,8 +221,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(chunk.exp.t(), scaled)
                 else:
                     grad_weight += chunk.exp.t() @ scaled
-                grad_weight.index_add_(0, chunk.target[:, 0], (xk * own).float())
-        count.clamp_min_(1.0)
+                grad_weight.index_add_(0, chunk.target[:, 0], (xk * own).to(wide))
+        count = options.divisor(count)
         ctx.gradients = (grad_hidden, grad_weight if needs_weight else None)
         ctx.dtypes = (hidden.dtype, weight.dtype)
         ctx.head, ctx.later, ctx.scale = None, options.later, coefficient / count

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat import ranks
 from nanochat.errors import ConfigError
 from nanochat.model import GPTConfig
 from nanochat.model.attention import KeyValueCache
@@ -163,14 +164,15 @@ class MultiTokenPrediction(Objective):
         """One weighted loss after the other, each on its own draw of positions."""
         hidden = step.hidden.flatten(0, 1)  # (N, d)
         positions = step.targets.numel() if step.kept is None else step.kept.numel()
-        count = max(1, round(self.fraction * positions))
+        count = max(1, round(self.fraction * positions * ranks.world()))
         for i, target in enumerate(targets):
             if not weights[i]:
                 yield hidden.new_zeros(())
                 continue
             target = target.flatten()
-            index = draw_positions(target != IGNORED, count, generator(self.seed, step.micro_step, i))
-            rows = hidden.index_select(0, index)[None]  # (1, count, d)
+            index = draw_positions(ranks.gather(target != IGNORED), count, generator(self.seed, step.micro_step, i))
+            index = ranks.own(index, len(target))
+            rows = hidden.index_select(0, index)[None]  # (1, count, d); over several ranks this one's part
             if self.kind == "parallel":
                 rows = self.heads[i](rows)
             yield self._cross_entropy(step, rows, target[index][None], weights[i])
@@ -178,12 +180,18 @@ class MultiTokenPrediction(Objective):
     def _sequential(self, step: Step, targets: list[Tensor], weights: list[float]) -> Iterator[Tensor]:
         """One weighted loss after the other, all on one draw of whole sequences."""
         batch, length = step.tokens.shape
-        valid = torch.stack([target != IGNORED for target in targets])  # (k, B, T)
-        candidates = valid.any(0).any(-1)  # (B,)
-        count = max(1, round(self.fraction * batch))
+        # valid targets of each sequence, over several ranks of all: (B, k)
+        valid = ranks.gather(torch.stack([(target != IGNORED).sum(-1) for target in targets], dim=1))
+        candidates = valid.any(1)
+        count = max(1, round(self.fraction * batch * ranks.world()))
         index = draw_positions(candidates, count, generator(self.seed, step.micro_step))
         # a sequence stands for this many; the mean of the full loss has the valid targets of all in its denominator
         scale = candidates.sum() / candidates.sum().clamp(1, count)
+        shares = valid[index].sum(0) / valid.sum(0).clamp_min(1)  # (k,)
+        index = ranks.own(index, batch)
+        idle = not len(index)
+        if idle:  # every rank has a gradient for every parameter, and be it zero
+            index = index.new_zeros(1)
         hidden, embedded = step.hidden[index], step.embedded[index]
         square = square_of(step.lane)
         square = None if square is None else square[index]
@@ -194,15 +202,15 @@ class MultiTokenPrediction(Objective):
             next_embedded = embedded.roll(-(i + 1), dims=1)
             next_square = None if square is None else square.roll(-(i + 1), dims=1)
             hidden = self.heads[i](hidden, next_embedded, cos, sin, kept=kept, square=next_square)
-            share = valid[i][index].sum() / valid[i].sum().clamp_min(1)
             if weights[i]:
-                yield self._cross_entropy(step, hidden, target[index], weights[i] * share * scale)
+                drawn = torch.full_like(target[index], IGNORED) if idle else target[index]
+                yield self._cross_entropy(step, hidden, drawn, weights[i] * shares[i] * scale)
             else:
                 yield hidden.new_zeros(())
 
     def _cross_entropy(self, step: Step, hidden: Tensor, targets: Tensor, coefficient: Tensor | float) -> Tensor:
         weight, head = step.gpt.head_weight(), step.head_gradient
-        options = {"softcap": self.softcap, "head": head, "coefficient": coefficient}
+        options = {"softcap": self.softcap, "head": head, "coefficient": coefficient, "share": ranks.share}
         return linear_cross_entropy(hidden, weight, targets, **options).loss
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nanochat import ranks
 from nanochat.errors import ConfigError
 from nanochat.model import GPTConfig
 from nanochat.objectives.linear_cross_entropy import IGNORED, Selector, linear_cross_entropy
@@ -53,10 +54,11 @@ class NextToken(Objective):
             selector=self.selector,
             chunk=self.chunk,
             head=step.head_gradient,
+            share=ranks.share,
         )
         step.per_token_loss, step.kept = result.per_token, result.kept
         # the plain mean over all valid targets, so that runs with and without smoothing or a filter compare
-        valid = (step.targets != IGNORED).sum().clamp_min(1)
+        valid = ranks.share((step.targets != IGNORED).sum())
         step.metrics["train/loss"] = result.per_token.sum() / valid
         if result.kept is not None:
             if step.gpt.kept_rows is not None:
@@ -75,7 +77,7 @@ def kept_metrics(targets: Tensor, per_token: Tensor, kept: Tensor) -> dict[str, 
     count, total = chosen.sum(), valid.sum()
     kept_loss = (per_token * chosen).sum()
     return {
-        "collider/kept_fraction": count / total.clamp_min(1),
-        "collider/kept_loss": kept_loss / count.clamp_min(1),
-        "collider/dropped_loss": (per_token.sum() - kept_loss) / (total - count).clamp_min(1),
+        "collider/kept_fraction": count / ranks.share(total),
+        "collider/kept_loss": kept_loss / ranks.share(count),
+        "collider/dropped_loss": (per_token.sum() - kept_loss) / ranks.share(total - count),
     }

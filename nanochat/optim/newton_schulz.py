@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,12 @@ POLAR_EXPRESS = (
 """One triple a step, the last one repeated; its first three alone leave singular values between .16 and 1.87."""
 POLAR_EXPRESS_SAFETY = 1.02
 """the coefficients were computed for singular values up to 1 / 1.02"""
+
+
+def newton_schulz_flops(shape: Sequence[int], steps: int) -> float:
+    """FLOPs for a matrix: in each step two products of a square of the shorter side with it, and one of two squares."""
+    short, long = sorted(shape[-2:])
+    return steps * (4.0 * short * short * long + 2.0 * short**3)
 
 
 def newton_schulz(x: Tensor, steps: int, kind: str = "classic") -> Tensor:

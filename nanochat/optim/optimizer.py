@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat import ranks
 from nanochat.errors import UserError
+from nanochat.optim.distributed import Owners, gather_states
 from nanochat.optim.options import option_fields
 from nanochat.optim.rule import Group, Rule, State
 from nanochat.optim.schedule import WEIGHT_DECAY_SCHEDULES
@@ -36,17 +38,26 @@ class Optimizer(torch.optim.Optimizer):
             that the step has to find out where states are quantised. That costs one host sync, the only one of a step.
         skipped_steps: dropped steps so far, part of the state.
 
-    The state dict holds tensors, numbers and strings, keyed by parameter name.
+    The state dict holds tensors, numbers and strings, keyed by parameter name. Over several ranks (`distribute`) each
+    parameter's state is with its owner, and `state_dict` is that of all, on rank 0.
     """
 
     def __init__(self, groups: Sequence[Group], rules: dict[str, Rule]) -> None:
         self.rules = rules
         self.skip_next: bool | None = None
         self.skipped_steps = 0
+        self.owners: Owners | None = None
+        self._bytes_elsewhere: dict[Tensor, int] = {}
         for group in groups:
             group["base_lr"] = group["lr"]
             group["base_weight_decay"] = group["weight_decay"]
         super().__init__(list(groups), {})
+
+    def distribute(self) -> None:
+        """Share the parameters out among the ranks of this job, by the cost of their updates; before the first step."""
+        if ranks.world() > 1:
+            costs = [[self.rules[g["rule"]].cost(g, p) for p in g["params"]] for g in self.param_groups]
+            self.owners = Owners([group["params"] for group in self.param_groups], costs)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -55,14 +66,23 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        owners = self.owners
+        if owners is not None:
+            owners.reduce()
         skip, self.skip_next = self.skip_next, None
         if skip is None:
-            skip = not self.gradients_fit(self.param_groups)
+            skip = bool(ranks.agreed(not self.gradients_fit(self.param_groups)))
         if skip:
             self.skipped_steps += 1
-            return loss
-        for group in self.param_groups:
-            self.step_group(group)
+        else:
+            for i, group in enumerate(self.param_groups):
+                self.step_group(group)
+                if owners is not None:
+                    owners.send(i)  # while the next group is computed
+        if owners is not None:
+            if not skip:
+                self._count_elsewhere(owners)
+            owners.finish()
         return loss
 
     def gradients_fit(self, groups: Sequence[Group]) -> bool:
@@ -104,9 +124,10 @@ class Optimizer(torch.optim.Optimizer):
             self.rules[group["rule"]].set_progress(group, step, max_steps)
 
     def state_bytes(self, group: str | None = None) -> int:
-        """Bytes of all state tensors, or of one group's; nothing is allocated before a parameter's first step."""
+        """Bytes of the state tensors of all groups or of one, on all ranks together; there are none before a
+        parameter's first step."""
         return sum(
-            tensor_bytes(self.state.get(parameter, {}))
+            tensor_bytes(self.state.get(parameter, {})) + self._bytes_elsewhere.get(parameter, 0)
             for one in self.param_groups
             if group is None or one["name"] == group
             for parameter in one["params"]
@@ -121,11 +142,21 @@ class Optimizer(torch.optim.Optimizer):
             for i, (name, parameter) in enumerate(zip(group["names"], group["params"], strict=True))
         }
 
+    def _count_elsewhere(self, owners: Owners) -> None:
+        """Note the bytes of the states that other ranks have made in this step."""
+        for group in self.param_groups:
+            for i, parameter in enumerate(group["params"]):
+                if owners.used[parameter] and not owners.mine(parameter) and parameter not in self._bytes_elsewhere:
+                    self._bytes_elsewhere[parameter] = tensor_bytes(self._planned_state(group, i, parameter))
+
     def _planned_state(self, group: Group, index: int, parameter: Tensor) -> State:
         return self.rules[group["rule"]].init(torch.empty_like(parameter, device="meta"), group, index)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """{state: {parameter name: {key: tensor or number}}, groups: [...], skipped_steps}."""
+        """{state: {parameter name: {key: tensor or number}}, groups: [...], skipped_steps}.
+
+        Over several ranks all of them have to ask; `state` is whole on rank 0 and empty elsewhere.
+        """
         state, groups = {}, []
         for group in self.param_groups:
             saved = {key: group[key] for key in ("name", "rule", *self._saved_options(group))}
@@ -133,6 +164,9 @@ class Optimizer(torch.optim.Optimizer):
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 if self.state.get(parameter):
                     state[name] = dict(self.state[parameter])
+        if self.owners is not None:
+            gathered = gather_states(state) or {}
+            state = {name: gathered[name] for group in groups for name in group["names"] if name in gathered}
         return {"state": state, "groups": groups, "skipped_steps": self.skipped_steps}
 
     @torch.no_grad()
@@ -145,19 +179,27 @@ class Optimizer(torch.optim.Optimizer):
             raise UserError("the checkpoint's optimizer state was not written by this optimizer.")
         saved = {name: group for group in state_dict["groups"] for name in group["names"]}
         new: dict[Tensor, State] = {}
+        elsewhere: dict[Tensor, int] = {}
         for group in self.param_groups:
             for i, (name, parameter) in enumerate(zip(group["names"], group["params"], strict=True)):
                 if name not in saved:
                     raise UserError(f"the checkpoint's optimizer state has no parameter {name}: it is another model's.")
                 self._compare_groups(saved.pop(name), group, name)
-                if name in state_dict["state"]:
-                    new[parameter] = self._take_over(state_dict["state"][name], group, i, name, parameter)
+                if name not in state_dict["state"]:
+                    continue
+                own = self.owners is None or self.owners.mine(parameter)
+                state = self._take_over(state_dict["state"][name], group, i, name, parameter, copy=own)
+                if own:
+                    new[parameter] = state
+                else:
+                    elsewhere[parameter] = tensor_bytes(state)
         if saved:
             raise UserError(
                 f"the checkpoint's optimizer state has a parameter {next(iter(saved))} that this run lacks."
             )
         self.state.clear()
         self.state.update(new)
+        self._bytes_elsewhere = elsewhere
         self.skipped_steps = int(state_dict.get("skipped_steps", 0))
 
     def _saved_options(self, group: Group) -> dict[str, Any]:
@@ -191,7 +233,9 @@ class Optimizer(torch.optim.Optimizer):
                 group["name"], key, old, new,
             )  # fmt: skip
 
-    def _take_over(self, saved: State, group: Group, index: int, name: str, parameter: Tensor) -> State:
+    def _take_over(
+        self, saved: State, group: Group, index: int, name: str, parameter: Tensor, copy: bool = True
+    ) -> State:
         expected = self._planned_state(group, index, parameter)
         if set(saved) != set(expected):
             difference = ", ".join(sorted(set(saved) ^ set(expected)))
@@ -211,5 +255,5 @@ class Optimizer(torch.optim.Optimizer):
                     f"the checkpoint's optimizer state of {name} has {key} {found}, "
                     f"this run needs {tuple(like.shape)} {like.dtype}: it is of another model or of other options."
                 )
-            state[key] = value.detach().to(parameter.device, copy=True)
+            state[key] = value.detach().to(parameter.device, copy=True) if copy else value
         return state

@@ -18,6 +18,10 @@ Group = dict[str, Any]
 """A group of parameters as in `torch.optim.Optimizer.param_groups`, with the options of its rule"""
 
 
+FLOPS = 100.0
+"""of a matrix product in the time that one number is updated in, roughly, on a CPU as on a GPU"""
+
+
 class Rule:
     """Update rule of a group. Rules hold no state of their own: everything is in `Group` and `State`.
 
@@ -50,6 +54,10 @@ class Rule:
 
     def set_progress(self, group: Group, step: int, max_steps: float) -> None:
         """Set what else follows the step, such as a momentum during its warm-up; called when the rates are set."""
+
+    def cost(self, group: Group, parameter: Tensor) -> float:
+        """What an update costs, in element-wise updates of one number: by it the ranks share the parameters out."""
+        return float(parameter.numel())
 
     def init(self, parameter: Tensor, group: Group, index: int) -> State:
         """The state before the first step. Must work on the meta device, since a load compares with it.

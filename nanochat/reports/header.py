@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from nanochat.config.schema import NODE_GROUPS, PLAIN_KEYS, TARGET_GROUPS
 from nanochat.device import capabilities
+from nanochat.environment import rank_count
 
 
 def describe_model(plain_cfg: dict[str, Any], parameters: int | None) -> str:
@@ -52,9 +53,10 @@ def describe_techniques(plain_cfg: dict[str, Any], trainer: Any, module: Any) ->
 
 
 def tokens_per_step(plain_cfg: dict[str, Any]) -> int:
-    """Tokens of one optimizer step."""
+    """Tokens of one optimizer step, on all ranks."""
     data, trainer = plain_cfg["data"], plain_cfg["trainer"]
-    return int(trainer.get("accumulate_grad_batches", 1)) * int(data["batch_size"]) * int(data["seq_len"])
+    micro_batches = int(trainer.get("accumulate_grad_batches", 1)) * rank_count(plain_cfg)
+    return micro_batches * int(data["batch_size"]) * int(data["seq_len"])
 
 
 def describe_machine(device: torch.device) -> str:

@@ -12,7 +12,8 @@ from nanochat.run_lock import TRY_LATER
 
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|unable to allocate", re.I)
 LOST = re.compile(
-    r"CUDA error|cuDNN error|CUBLAS_STATUS|NCCL|collective operation timeout|ProcessGroup|Connection closed by peer|"
+    r"CUDA error|cuDNN error|CUBLAS_STATUS|NCCL|gloo|collective operation timeout|ProcessGroup|"
+    r"Connection (?:closed|reset) by peer|"
     r"Timed out waiting|Socket Timeout",
     re.I,
 )
@@ -24,6 +25,13 @@ class LostDeviceError(UserError):
     """A device or a connection failed; the same command may work on the next attempt."""
 
     exit_code = TRY_LATER
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an exception says that a device, or the connection to another rank, is gone."""
+    text = str(error)
+    said = isinstance(error, RuntimeError | OSError) and LOST.search(text) and not OWN_FAULT.search(text)
+    return bool(said) or isinstance(error, torch.distributed.DistBackendError)
 
 
 def in_words(error: BaseException, plain: dict[str, Any], step: int, saved: str | None) -> UserError | None:
@@ -39,8 +47,7 @@ def in_words(error: BaseException, plain: dict[str, Any], step: int, saved: str 
         isinstance(error, RuntimeError) and NO_MEMORY.search(text)
     ):
         return UserError(f"the memory is full in step {step + 1}: {'; or '.join(smaller(plain))}.")
-    lost = isinstance(error, RuntimeError | OSError) and LOST.search(text) and not OWN_FAULT.search(text)
-    if lost or isinstance(error, torch.distributed.DistBackendError):
+    if is_lost(error):
         kept = f"resume from {saved} with ckpt_path=auto" if saved else "there is no checkpoint yet, so start again"
         return LostDeviceError(f"the device or a connection failed after step {step} ({text[:160]}); {kept}.")
     return None

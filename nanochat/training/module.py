@@ -26,6 +26,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from nanochat import ranks
 from nanochat.checkpoint import CHECKPOINT_FORMAT
 from nanochat.config.features import build_objective, feature_nodes
 from nanochat.model import GPT, GPTConfig
@@ -102,8 +103,10 @@ class NanoChatModule(lightning.LightningModule):
     def gradient_norm(self) -> Tensor:
         """The global L2 norm of the gradients of this optimizer step, taken once."""
         if self._gradient_norm is None:
+            owners = getattr(self.optimizers(use_pl_optimizer=False), "owners", None)
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+            norm: Tensor = owners.gradient_norm() if owners else torch.nn.utils.get_total_norm(gradients)
+            self._gradient_norm = norm
         return self._gradient_norm
 
     def step_loss(self) -> Tensor:
@@ -128,7 +131,11 @@ class NanoChatModule(lightning.LightningModule):
         optimizer.set_progress(done, self.max_steps, schedule)  # type: ignore[attr-defined]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()  # here, since Lightning would hold the gradients until the next backward pass
-        self.step_metrics = {name: (total / self._micro_batches).item() for name, total in self._sums.items()}
+        means = {name: total / self._micro_batches for name, total in self._sums.items()}
+        if means and ranks.world() > 1:  # each rank's share of the mean over all (nanochat.ranks.share)
+            stacked = ranks.add(torch.stack([mean.float() for mean in means.values()])) / ranks.world()
+            means = dict(zip(means, stacked, strict=True))
+        self.step_metrics = {name: mean.item() for name, mean in means.items()}
         if self._gradient_norm is not None:
             self.step_metrics["train/grad_norm"] = self._gradient_norm.item()
         self.step_metrics["train/lr"] = schedule(done, self.max_steps) * float(self.cfg["optim"]["lr"])
@@ -170,7 +177,7 @@ class NanoChatModule(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """`val/loss` in nats per token and `val/bpb` in bits per byte of text."""
         self.validated_at = self.global_step
-        nats, tokens, size = self._validation.tolist()
+        nats, tokens, size = ranks.add(self._validation).tolist()
         metrics = {"val/loss": nats / max(tokens, 1.0)}
         if size:
             metrics["val/bpb"] = nats / math.log(2) / size

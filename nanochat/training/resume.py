@@ -14,6 +14,7 @@ import torch
 from nanochat.checkpoint import DamagedCheckpointError, check_whole, read_checkpoint
 from nanochat.config.renamed import rename_targets
 from nanochat.config.schema import DEFAULTS, PLAIN_KEYS
+from nanochat.environment import rank_count
 from nanochat.errors import UserError
 from nanochat.files import anchored
 from nanochat.model.config import GPTConfig
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 OWN_RULES = {*PLAIN_KEYS, *DEFAULTS, "hydra", "rate_scale"} - {"model"}
 """top-level keys that are not compared as a whole; all others (the model, the features) must be equal"""
-MUST_BE_EQUAL = ("seed", "data.corpus", "data.seq_len", "data.batch_size", "data.seed", "data.vocab_size",
+MUST_BE_EQUAL = ("seed", "data.corpus", "data.seq_len", "data.seed", "data.vocab_size",
                  "trainer.accumulate_grad_batches", "loss.label_smoothing", "loss.z_loss")  # fmt: skip
 """values without which a resumed run would not be the same run; the text itself is compared by the data"""
 WARN_IF_CHANGED = (
@@ -33,6 +34,8 @@ WARN_IF_CHANGED = (
     "trainer.precision",
     "trainer.gradient_clip_val",
     "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
     "model.int8",
 )
 """values that may change, at the price of other results than those of an undisturbed run"""
@@ -46,6 +49,16 @@ PATHS = (
 )
 """files and folders that a resumed run reads again"""
 ABSENT = object()
+
+
+def rows_changed(saved: dict[str, Any], cfg: dict[str, Any]) -> list[str]:
+    """The line of `differences` for the rows of a micro-batch, which a resume may share out among other ranks."""
+    sizes = lookup(saved, "data.batch_size"), lookup(cfg, "data.batch_size")
+    counts = rank_count(saved), rank_count(cfg)
+    if counts[0] == counts[1] or not all(isinstance(size, int) for size in sizes):
+        return differences("data.batch_size", *sizes)
+    rows = [size * count for size, count in zip(sizes, counts, strict=True)]
+    return [] if rows[0] == rows[1] else [f"data.batch_size x ranks {rows[0]} -> {rows[1]}"]
 
 
 def checkpoint_to_resume(folder: Path, ckpt_path: str | Path | None) -> Path | None:
@@ -151,6 +164,7 @@ def check_resume(path: Path, plain_cfg: dict[str, Any]) -> None:
     changed = [line for line in changed if line.split()[0] not in WARN_IF_CHANGED]
     if isinstance(saved.get("schedule"), dict):
         saved["schedule"] = {"horizon": "steps", **saved["schedule"]}  # an older version had no other
+    changed += rows_changed(saved, plain_cfg)
     changed += differences("tokenizer", saved.get("tokenizer"), plain_cfg.get("tokenizer"))
     optim = differences("optim", saved.get("optim"), plain_cfg.get("optim"))
     # rates are not part of the optimizer's state; everything else says what the state means

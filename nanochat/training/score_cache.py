@@ -47,8 +47,9 @@ class ScoreCache:
             found = np.empty(0, record)
             if path.is_file():
                 whole = path.stat().st_size // record.itemsize
-                with path.open("r+b") as file:
-                    file.truncate(whole * record.itemsize)
+                if path.stat().st_size > whole * record.itemsize:
+                    with path.open("r+b") as file:
+                        file.truncate(whole * record.itemsize)
                 found = np.fromfile(path, record)
             self._losses[length] = {row["hash"].tobytes(): row["losses"] for row in found}
         return self._losses[length]
@@ -73,9 +74,11 @@ class ScoreCache:
         """Keep losses (B, T); returns them as `get` will."""
         known = self._of_length(tokens.shape[1])
         rounded = losses.detach().cpu().numpy().astype("<f2")
-        with self._path(tokens.shape[1]).open("ab") as file:
-            for key, row in zip(self._hashes(tokens, targets), rounded, strict=True):
-                if key not in known:
-                    known[key] = row
-                    file.write(key + row.tobytes())
+        records = b""
+        for key, row in zip(self._hashes(tokens, targets), rounded, strict=True):
+            if key not in known:
+                known[key] = row
+                records += key + row.tobytes()
+        with self._path(tokens.shape[1]).open("ab", buffering=0) as file:
+            file.write(records)  # at once: other ranks append to the same file
         return torch.from_numpy(rounded.astype(np.float32)).to(losses.device)

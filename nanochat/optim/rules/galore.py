@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from nanochat.errors import UserError
+from nanochat.optim.newton_schulz import newton_schulz_flops
 from nanochat.optim.options import betas, number, option, positive, whole
 from nanochat.optim.quantized import SMALL, Options8bit, dequantize, rounding_generator, store
-from nanochat.optim.rule import Group, Rule, State, check_matrix, in_float32
+from nanochat.optim.rule import FLOPS, Group, Rule, State, check_matrix, in_float32
 from nanochat.optim.rules.adamw import adamw_state, adamw_step
 from nanochat.optim.rules.adamw8bit import adam8bit_state, adam8bit_step
 from nanochat.optim.rules.muon import Muon, MuonOptions, muon8bit_state, muon_updates, update_scale
@@ -101,6 +102,10 @@ class GaLore(Rule):
         if rank < min(rows, columns):
             state["projector"] = torch.zeros(min(rows, columns), rank, dtype=torch.float32, device=parameter.device)
         return state
+
+    def cost(self, group: Group, parameter: Tensor) -> float:
+        rank = resolved_rank(group["rank"], parameter)
+        return parameter.numel() * (1.0 + 4.0 * rank / FLOPS)  # there and back; refreshes are rare
 
     def init_inner(self, space: Tensor, group: Group, index: int) -> State:
         """State of the rule inside, for a tensor of the projected shape."""
@@ -205,6 +210,10 @@ class GaLoreMuon8bit(GaLore):
 
     auto = Muon.auto
     set_progress = Muon.set_progress
+
+    def cost(self, group: Group, parameter: Tensor) -> float:
+        space = (resolved_rank(group["rank"], parameter), max(parameter.shape))
+        return super().cost(group, parameter) + newton_schulz_flops(space, group["ns_steps"]) / FLOPS
 
     def init_inner(self, space: Tensor, group: Group, index: int) -> State:
         return muon8bit_state(space, group, index)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanochat.device import matmul_dtype
 from nanochat.errors import UserError
-from nanochat.optim.newton_schulz import POLAR_EXPRESS, POLAR_EXPRESS_SAFETY, newton_schulz
+from nanochat.optim.newton_schulz import POLAR_EXPRESS, POLAR_EXPRESS_SAFETY, newton_schulz, newton_schulz_flops
 from nanochat.optim.options import choice, number, switch, whole
 from nanochat.optim.quantized import (
     SMALL,
@@ -30,7 +30,7 @@ from nanochat.optim.quantized import (
     span_size,
     spans,
 )
-from nanochat.optim.rule import Group, Rule, State, check_matrix, in_float32, zeros_like
+from nanochat.optim.rule import FLOPS, Group, Rule, State, check_matrix, in_float32, zeros_like
 
 TINY = 1e-12
 """rows and matrices with a smaller norm count as zero"""
@@ -79,6 +79,9 @@ class Muon(Rule):
 
     def set_progress(self, group: Group, step: int, max_steps: float) -> None:
         warm_up_momentum(group, step)
+
+    def cost(self, group: Group, parameter: Tensor) -> float:
+        return parameter.numel() + newton_schulz_flops(parameter.shape, group["ns_steps"]) / FLOPS
 
     def init(self, parameter: Tensor, group: Group, index: int) -> State:
         return {"momentum": zeros_like(parameter), **variance_state(parameter, group, torch.float32)}

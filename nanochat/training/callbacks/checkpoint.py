@@ -20,6 +20,7 @@ from nanochat.run_folder import STEP_FILE, point_latest, step_checkpoints
 from nanochat.training.callbacks.base import StepCallback, agreed, validation_due
 from nanochat.training.callbacks.guard import NonFiniteGuard
 from nanochat.training.checkpoint_io import Writer
+from nanochat.training.failures import is_lost
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Checkpoint(StepCallback):
         super().on_train_start(trainer, pl_module)
         self._saved, self._saved_at = trainer.global_step, time.monotonic()
         self._root = Path(trainer.default_root_dir)
-        for stale in self._folder(trainer).glob(".*.tmp"):
+        for stale in self._folder(trainer).glob(".*.tmp") if trainer.is_global_zero else ():
             stale.unlink(missing_ok=True)
         wanted = pl_module.device.type == "cuda" if self.asynchronous == "auto" else self.asynchronous
         self._writer = Writer(self._written) if wanted and trainer.world_size == 1 else None
@@ -116,7 +117,8 @@ class Checkpoint(StepCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
-            if not isinstance(exception, UserError) and trainer.state.fn == "fit":
+            alone = trainer.world_size == 1  # all ranks save together, and an exception may be one rank's
+            if alone and not isinstance(exception, UserError) and trainer.state.fn == "fit":
                 self.save(trainer)
             self.wait()
         except UserError as error:  # the exception at hand is the one to report
@@ -150,7 +152,8 @@ class Checkpoint(StepCallback):
                 trainer.save_checkpoint(path, storage_options=self._writer)
             else:
                 trainer.save_checkpoint(path)
-                self._written(path)
+                if trainer.is_global_zero:
+                    self._written(path)
         self._saved, self._saved_at = step, time.monotonic()
         self._check_space(trainer, 1)
 
@@ -176,7 +179,10 @@ class Checkpoint(StepCallback):
         """Failed writes as a `UserError`."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
+        except (OSError, RuntimeError) as error:
+            if is_lost(error):  # another rank, while its state was gathered
+                raise
+            # torch turns a failed write into a RuntimeError
             cause = error if isinstance(error, OSError) else error.__context__
             reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).split("\n")[0]
             raise UserError(

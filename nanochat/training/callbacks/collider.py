@@ -15,6 +15,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from nanochat import ranks
 from nanochat.checkpoint import load_run
 from nanochat.errors import ConfigError, UserError
 from nanochat.model import GPT
@@ -115,9 +116,9 @@ class Collider(Callback):
         targets = batch["targets"]
         selector: Selector
         if self.score == "random":
-            selector = TopTokens(count, scores=torch.rand(shape, generator=source).to(targets.device))
+            selector = TopTokens(count, scores=self._draw(source, *shape).to(targets.device))
         elif self.score == "gradient":
-            selector = GradientSample(count, targets, torch.rand(shape[0], generator=source).to(targets.device))
+            selector = GradientSample(count, targets, self._draw(source, shape[0]).to(targets.device))
         elif self.score == "excess":
             selector = TopTokens(count, baseline=self._reference_losses(batch))
         else:
@@ -129,6 +130,11 @@ class Collider(Callback):
     ) -> None:
         """Whatever runs between two batches (validation, samples) sees the plain model."""
         self.detach(pl_module)
+
+    @staticmethod
+    def _draw(source: torch.Generator, rows: int, *more: int) -> Tensor:
+        """(rows, *more) uniform numbers: this rank's part of what is drawn for the rows of all."""
+        return torch.rand((rows * ranks.world(), *more), generator=source)[ranks.own_rows(rows)]
 
     # ---- the reference model ------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
+from nanochat import ranks
 from nanochat.console import clock_time
 from nanochat.files import shown
 from nanochat.reports.header import describe_model, describe_optimizer, describe_techniques, tokens_per_step
@@ -94,7 +95,7 @@ class Header(StepCallback):
             "data": self.data.describe(),
             "optimizer": describe_optimizer(self.cfg, trainer.optimizers),
             "precision": str(settings.get("precision")),
-            "device": str(module.device),
+            "device": str(module.device) if ranks.world() == 1 else f"{ranks.world()} ranks, {module.device.type}",
             "steps": f"{self._steps(trainer)} of {tokens_per_step(self.cfg):,} tokens"
                      f"{f'; {done:,} are done' if done else ''}",
             "time": self._time(trainer),

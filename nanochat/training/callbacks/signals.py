@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
+from nanochat import ranks
 from nanochat.files import shown
 from nanochat.run_lock import TRY_LATER
 from nanochat.training.callbacks.base import StepCallback
@@ -89,7 +90,8 @@ class Signals(StepCallback):
         os.write(2, f"\n{name}: saving after this step; once more to leave at once.\n".encode())
 
     def _leave(self, trainer: Trainer) -> None:
-        if self.received is None:
+        received = int(ranks.agreed(self.received or 0))  # one rank's is every rank's
+        if not received:
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoint) and trainer.state.fn == "fit":
@@ -97,13 +99,13 @@ class Signals(StepCallback):
                 callback.wait()
         log.warning(
             "Stopped by %s after step %d; resume with: nanochat train --resume %s",
-            signal.Signals(self.received).name,
+            signal.Signals(received).name,
             trainer.global_step,
             shown(Path(trainer.default_root_dir)),
         )
-        if self.requeue and signal.Signals(self.received).name in REQUEUED and trainer.is_global_zero:
+        if self.requeue and signal.Signals(received).name in REQUEUED and trainer.is_global_zero:
             requeue(trainer.lightning_module.cfg.get("ckpt_path"))  # type: ignore[union-attr]
-        raise SystemExit(exit_code(self.received))
+        raise SystemExit(exit_code(received))
 
 
 def exit_code(number: int) -> int:

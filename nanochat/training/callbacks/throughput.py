@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 
+from nanochat import ranks
 from nanochat.training.callbacks.base import StepCallback
 
 PEAK_FLOPS = {
@@ -62,7 +63,7 @@ class Throughput(StepCallback):
             waited = _wait_seconds(trainer)
             self._since = time.perf_counter() - (waited - self._waited)
             self._paused = False
-        self._tokens += batch["tokens"].numel()
+        self._tokens += batch["tokens"].numel() * ranks.world()
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         now, waited = time.perf_counter(), _wait_seconds(trainer)
@@ -75,7 +76,7 @@ class Throughput(StepCallback):
         if pl_module.device.type == "cuda":
             metrics["memory/peak_bytes"] = torch.cuda.max_memory_allocated(pl_module.device)
             if self._peak is not None:
-                metrics["train/mfu"] = speed * self._flops_per_token / self._peak
+                metrics["train/mfu"] = speed * self._flops_per_token / (self._peak * ranks.world())
         self._since, self._waited, self._tokens = now, waited, 0
 
 

@@ -75,7 +75,7 @@ class TimeLimit(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         now = time.monotonic()
-        if self.horizon == "time":
+        if self.horizon == "time" and trainer.is_global_zero:
             self._journal = Journal(Path(trainer.default_root_dir), trainer.global_step, again=self.begun)
         if not self.begun:
             self._start = now
@@ -91,16 +91,16 @@ class TimeLimit(StepCallback):
         if self._break is not None:
             self._breaks[self._break].append(now - self._mark)
         self._step, self._mark, self._break = step, now, None
-        if self._journal is None:
+        if self.horizon != "time":
             return
-        known = self._journal.recorded(step, self.seconds)
+        known = agreed(trainer, self._journal.recorded(step, self.seconds) if self._journal else None)
         if known is not None:
             self._before, self.progress = known
             self._start = now
         else:
             elapsed = self.elapsed()
             self.progress = agreed(trainer, self._progress(trainer, elapsed))
-            if trainer.is_global_zero:
+            if self._journal is not None:
                 self._journal.write(step, elapsed, self.progress, self.seconds)
         pl_module.max_steps = self._estimated_steps(trainer)  # type: ignore[assignment]
 

@@ -1,0 +1,113 @@
+"""The ranks of a job: which one this process is, and what all of them agree on.
+
+Where there is only one rank they cost a test. Numbers on the host travel over
+gloo, tensors on a GPU over NCCL: `join` makes a process group that has both.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+TIMEOUT = datetime.timedelta(minutes=30)
+"""of a collective: others wait while rank 0 saves or writes samples"""
+
+
+def join(cuda_device: int | None = None, store: Store | None = None) -> None:
+    """Enter the process group that the environment describes.
+
+    Args:
+        cuda_device: index of this rank's GPU; None computes on the CPU.
+        store: through which the ranks find each other; by default that of `MASTER_ADDR`.
+    """
+    if dist.is_initialized():
+        return
+    backend = "gloo"
+    if cuda_device is not None:
+        torch.cuda.set_device(cuda_device)
+        backend = "cpu:gloo,cuda:nccl"
+    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this one, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def agreed(value: float) -> float:
+    """The largest of the ranks' values: a decision that one of them makes is made by all.
+
+    Every rank has to ask, at the same place of its program.
+    """
+    if world() == 1:
+        return value
+    largest = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def first(value: float) -> float:
+    """Rank 0's value, such as that of its clock."""
+    if world() == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.float64)
+    dist.broadcast(shared, 0)
+    return shared.item()
+
+
+def add(numbers: Tensor) -> Tensor:
+    """The sum over the ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(numbers)
+    return numbers
+
+
+def share(count: Tensor) -> Tensor:
+    """A count of all ranks together, at least 1, over their number; with one rank the count, at least 1.
+
+    A loss that each rank divides by it has, averaged over the ranks, the count of all in its denominator.
+    """
+    if world() == 1:
+        return count.clamp_min(1)
+    total = count.detach().to(torch.float32, copy=True)
+    return add(total).clamp_min_(1.0).div_(world())
+
+
+def gather(rows: Tensor) -> Tensor:
+    """(W * B, ...): the rows (B, ...) of all ranks in their order, the same number of each."""
+    if world() == 1:
+        return rows
+    own = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
+    parts = own.new_empty(world(), *own.shape)
+    dist.all_gather(list(parts), own.contiguous())
+    return parts.flatten(0, 1).to(rows.dtype)
+
+
+def own_rows(count: int) -> slice:
+    """Which of the W * count rows of all ranks are this one's."""
+    return slice(rank() * count, (rank() + 1) * count)
+
+
+def own(index: Tensor, count: int) -> Tensor:
+    """Of indices into the rows of all ranks those of this one, among its own `count` rows."""
+    if world() == 1:
+        return index
+    rows = own_rows(count)
+    return index[(index >= rows.start) & (index < rows.stop)] - rows.start

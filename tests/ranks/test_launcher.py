@@ -1,0 +1,190 @@
+"""How ranks are started, watched and ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanochat.config.check import check
+from nanochat.config.schema import CONF
+from nanochat.errors import ConfigError, UserError
+from nanochat.training import launcher
+from nanochat.training.launcher import RankDiedError, RankFailedError
+from tests.ranks.pools import Pool, Train, close, job_of, train_on
+from tests.ranks.test_agreement import WIDE
+from tests.runs import configure, read_state, words
+
+# ---- the end of a job ------------------------------------------------------------------------------------------------
+
+
+def ended(place: Path, *programs: str) -> None:
+    """Watch some programs in the place of ranks to their end."""
+    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=place) for program in programs]
+    try:
+        launcher._raise_for(launcher._wait(processes, place), place, [])
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+SLEEP, KILLED = "import time; time.sleep(60)", "import os; os.kill(os.getpid(), 9)"
+LOST = "import sys; sys.exit(75)"
+
+
+def test_the_cause_is_told_and_not_its_consequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "GRACE", 1.0)
+    began = time.monotonic()
+    with pytest.raises(RankDiedError, match=r"rank 1 was killed by SIGKILL.*ckpt_path=auto") as error:
+        ended(tmp_path, LOST, KILLED, SLEEP)
+    assert error.value.exit_code == 75
+    assert time.monotonic() - began < 30
+    with pytest.raises(RankFailedError, match="rank 1 of 2 failed") as failure:
+        ended(tmp_path, LOST, "raise SystemExit(1)")
+    assert failure.value.exit_code == 1
+    with pytest.raises(RankDiedError, match="lost its connection"):
+        ended(tmp_path, LOST, LOST)
+    (tmp_path / "error-0.json").write_text(json.dumps({"text": "the disk is full."}))
+    with pytest.raises(UserError, match=r"^the disk is full\.$"):
+        ended(tmp_path, "raise SystemExit(2)", LOST)
+    (tmp_path / launcher.LEFT).touch()
+    with pytest.raises(SystemExit) as end:
+        ended(tmp_path, "raise SystemExit(143)", "raise SystemExit(143)")
+    assert end.value.code == 143
+    ended(tmp_path, "", "")
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def differ(job: launcher.Job) -> list[Train]:
+    """The jobs of two ranks, the second with another seed."""
+    return [Train(job), Train(launcher.Job({**job.plain, "seed": 7}, job.folder, None, ["test"]))]
+
+
+def test_ranks_that_are_not_alike_are_refused(place: Path, two: Pool) -> None:
+    job = job_of(place, place / "unlike", [*WIDE, "data.batch_size=2", "trainer.devices=2"])
+    with pytest.raises(AssertionError, match=r"UserError: .*the configuration of rank 1 differs from rank 0's"):
+        two.call(*differ(job))
+    assert not (place / "unlike" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environment", "problem"),
+    [
+        (["trainer.devices=0"], {}, "trainer.devices=0 must be the number of ranks"),
+        (["trainer.devices=[0,0]"], {}, "different GPUs"),
+        (["trainer.devices=[0,1]"], {}, "a CPU has no numbers"),
+        (["trainer.num_nodes=2"], {}, "needs torchrun on each of the machines"),
+        (["+trainer.strategy=fsdp"], {}, "leave it out"),
+        (["trainer.devices=3"], {"WORLD_SIZE": "2"}, "2 ranks were started, but trainer.devices=3"),
+        ([], {"WORLD_SIZE": "2"}, "2 ranks were started, but trainer.devices=1"),
+    ],
+)
+def test_ranks_that_cannot_be(
+    place: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], environment: dict[str, str], problem: str
+) -> None:
+    if environment:
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, "0")
+        monkeypatch.setenv("WORLD_SIZE", environment["WORLD_SIZE"])
+    with pytest.raises(ConfigError) as error:
+        check(configure(place, overrides))
+    assert problem in str(error.value)
+    assert len(error.value.problems) == 1
+
+
+def test_more_gpus_than_there_are(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"^trainer\.devices=3: this machine has 2 cuda devices\.$"):
+        check(configure(place, ["trainer.accelerator=cuda", "trainer.devices=3"]))
+
+
+def test_rows_that_do_not_divide_are_refused_at_a_resume(place: Path, two: Pool) -> None:
+    train_on(two, place, place / "divide", [*WIDE, "trainer.max_steps=2"])
+    with pytest.raises(UserError, match=r"data\.batch_size x ranks 4 -> 3"):
+        job_of(place, place / "divide", [*WIDE, "ckpt_path=last", "data.batch_size=1", "trainer.devices=3"])
+
+
+# ---- real processes --------------------------------------------------------------------------------------------------
+
+
+def command(place: Path, folder: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "nanochat.cli", "train", *words(place), *WIDE, "data.batch_size=2", "trainer.devices=2",
+        f"hydra.run.dir={folder}", *more,
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONF.parent)}
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def children(process: int) -> list[int]:
+    found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(number) for number in found]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
+def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(place: Path) -> None:
+    folder, more = place / "killed", ["callbacks.checkpoint.every_n_train_steps=1", "trainer.max_steps=60"]
+    process = subprocess.Popen(command(place, folder, *more), env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for((folder / "checkpoints" / "last.ckpt").exists)
+    ranks = children(process.pid)
+    assert len(ranks) == 2
+    began = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 60
+    assert process.returncode == 75
+    assert "error: rank 1 was killed by SIGKILL" in errors
+    assert "Traceback" not in errors
+    assert all(not Path(f"/proc/{rank}").exists() for rank in ranks)
+    step = read_state(folder)["global_step"]
+    done = subprocess.run(command(place, folder, *more, "ckpt_path=auto"), env=environment(), timeout=200)
+    assert done.returncode == 0
+    assert step < read_state(folder)["global_step"] == 60
+    train_on(None, place, place / "unkilled", [*WIDE, "trainer.max_steps=60"])
+    close(place / "unkilled", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_signal_to_the_command(place: Path, number: int, code: int) -> None:
+    folder = place / f"command-{number}"
+    process = subprocess.Popen(command(place, folder, "trainer.max_steps=100000"), env=environment())
+    wait_for(lambda: (folder / "metrics.csv").exists() and len((folder / "metrics.csv").read_text().splitlines()) > 2)
+    ranks = children(process.pid)
+    process.send_signal(number)
+    assert process.wait(60) == code
+    wait_for(lambda: all(not Path(f"/proc/{rank}").exists() for rank in ranks), 60)
+    if number == signal.SIGTERM:
+        assert read_state(folder)["global_step"] > 0
+        assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
+
+
+@pytest.mark.slow
+def test_torchrun(place: Path) -> None:
+    folder = place / "torchrun"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", *command(place, folder)[2:]]
+    done = subprocess.run(launch, env=environment(), timeout=200)
+    assert done.returncode == 0
+    train_on(None, place, place / "no-torchrun", WIDE)
+    close(place / "no-torchrun", folder)
