@@ -11,6 +11,7 @@ from nanochat.errors import UserError, did_you_mean, print_error
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("nanochat.launch:main", "train a model, or go on with a run: --resume RUN"),
+    "runs": ("nanochat.runs:main", "all runs below a folder: state, step, loss, speed, time left, disk"),
     "compare": ("nanochat.studies.cli:main", "does a technique pay here? matched runs, paired seeds, one table"),
     "report": ("nanochat.studies.report:main", "one page about runs, a sweep or a comparison: verdict, table, curves"),
     "generate": ("nanochat.inference.cli:main", "text from a trained model"),
