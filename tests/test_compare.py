@@ -112,6 +112,54 @@ def test_the_first_failure_ends_the_others(monkeypatch, tmp_path):
     assert len(begun) <= 2  # the pool may have taken one more before it heard of it
 
 
+def test_each_arm_gets_its_own_rate_before_it_is_judged(monkeypatch, tmp_path, capsys):
+    """The judged runs have other seeds than the one that chose; a rate that diverges is not chosen."""
+    judged = []
+
+    def train(words, folder, steps, threads, watch):
+        rate = float(next(word.removeprefix("optim.lr=") for word in words if word.startswith("optim.lr=")))
+        best = 0.01 if "optim=adamw" in words else 0.1
+        if "tuning" in folder.parts:
+            assert words[-1] == "seed=1000"
+            if rate > 0.5:
+                folder.mkdir(parents=True)
+                (folder / "summary.json").write_text('{"error": "DivergedError: NaN"}')
+                raise RuntimeError
+        else:
+            judged.append((*words[-2:], folder.name))
+        return Result(folder, 2.0 + abs(math.log(rate / best)), 1.0, 8)
+
+    monkeypatch.setattr(runner, "train", train)
+    words = ["compare", "optim=muon", "--arms", "optim=adamw", "--steps", "9", "--seeds", "2", "--jobs", "1"]
+    words += ["--tune", "optim.lr=log(0.01,1,3)", "--out", str(tmp_path)]
+    assert nanochat.cli.main(words) == 0
+    assert sorted(judged) == [
+        ("optim.lr=0.01", "seed=0", "steps-optim=adamw-0"),
+        ("optim.lr=0.01", "seed=1", "steps-optim=adamw-1"),
+        ("optim.lr=0.1", "seed=0", "steps-plain-0"),
+        ("optim.lr=0.1", "seed=1", "steps-plain-1"),
+    ]
+    tuning = json.loads((tmp_path / "comparison.json").read_text())["tuning"]
+    assert tuning["values"] == ["0.01", "0.1", "1"]
+    assert tuning["chosen"] == {"plain": "0.1", "optim=adamw": "0.01"}
+    assert tuning["bpb"]["plain"] == [pytest.approx(2 + math.log(10)), 2.0, None]
+    out = capsys.readouterr().out
+    assert "optim=adamw is best at the edge of the range (optim.lr=0.01)" in out
+    assert "diverged" in out
+
+
+def test_tuning_that_only_diverges(monkeypatch, tmp_path, capsys):
+    def train(words, folder, steps, threads, watch):
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text('{"error": "DivergedError: NaN"}')
+        raise RuntimeError
+
+    monkeypatch.setattr(runner, "train", train)
+    words = ["compare", "--arms", "optim=adamw", "--steps", "9", "--tune", "optim.lr=1,2", "--out", str(tmp_path)]
+    assert nanochat.cli.main(words) == 2
+    assert "plain diverges with every optim.lr of 1, 2" in capsys.readouterr().err
+
+
 ARM = "+mtp=on mtp.kind=parallel"
 
 
@@ -189,6 +237,14 @@ def test_what_every_arm_is(monkeypatch):
         ("~callbacks.throughput", "it needs the callbacks metrics and throughput"),
         ("schedule.warmup_steps=90 --steps 3", "warmup_steps=90"),
         ("--arms ' '", "changes nothing"),
+        ("--tune optim.lr", "give KEY=log(LOW,HIGH,N)"),
+        ("--tune 'optim.lr=log(0.1,0.01,3)'", "LOW must be below HIGH"),
+        ("--tune 'optim.lr=log(0,1,3)'", "above 0"),
+        ("--tune 'optim.lr=log(1,2,x)'", "are not two numbers and a count"),
+        ("--tune 'optim.lr=exp(1,2,3)'", "give KEY=log(LOW,HIGH,N)"),
+        ("--tune optim.lrr=1,2 --arms +mtp=on", "did you mean 'optim.lr'"),
+        ("--tune data.batch_size=1,2", "data.batch_size is what all runs share"),
+        ("--tune optim.lr=1,2 --arms 'optim=adamw optim.lr=1'", "which --tune is to choose"),
     ],
 )
 def test_mistakes(words, said, capsys, tmp_path):

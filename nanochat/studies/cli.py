@@ -29,6 +29,7 @@ from nanochat.errors import UserError
 from nanochat.files import shown
 from nanochat.studies.runner import compare, compose_arm, merged
 from nanochat.studies.statistics import MOST_SEEDS, Comparison
+from nanochat.studies.tune import parse, tune
 
 PLAIN = "plain"
 TECHNIQUES = ("optim=adamw", "optim=muon8bit", "optim=galore8bit", "+mtp=on", "+collider=on", "+mhc=on")
@@ -113,9 +114,28 @@ def parser() -> Parser:
     options.add_argument("--arms", nargs="+", metavar="WORDS", help=f"an arm each ({' '.join(TECHNIQUES)})")
     options.add_argument("--steps", type=count, help="of each run (trainer.max_steps)")
     options.add_argument("--equal-time", action="store_true", help="also train each arm for the plain run's time")
+    options.add_argument(
+        "--tune", metavar="KEY=VALUES", help="choose a value for each arm first: optim.lr=log(0.003,0.1,5)"
+    )
     options.add_argument("--out", type=Path, help="folder of the runs (outputs/DATE/TIME-compare)")
     add_options(options)
     return options
+
+
+def _to_tune(text: str, base: Sequence[str], arms: Mapping[str, list[str]]) -> tuple[str, list[str]]:
+    """What `--tune` says, tried on every arm's configuration; raises `UserError` when it fits one of them not."""
+    key, values = parse(text)
+    if key in ("seed", "trainer.max_steps") or any(key == same or key.startswith(f"{same}.") for same in SAME):
+        raise UserError(f"--tune {text}: {key} is what all runs share.")
+    for name, words in arms.items():
+        if key in map(key_of, words):
+            raise UserError(f"--arms {name!r} sets {key}, which --tune is to choose.")
+        for value in (values[0], values[-1]):
+            try:
+                compose_arm(merged(merged(base, words), [f"{key}={value}"]))
+            except UserError as error:
+                raise UserError(f"--tune {text}, arm {name!r}: {error}") from error
+    return key, values
 
 
 def _end(*_: object) -> None:
@@ -138,12 +158,15 @@ def main(argv: list[str]) -> int:
         if given:
             raise UserError(f"--arms {name!r} changes nothing of the plain run.")
         del arms[name]  # it is what the plain run is
+    to_tune = _to_tune(options.tune, base, arms) if options.tune else None
     out = options.out or Path(time.strftime("outputs/%Y-%m-%d/%H-%M-%S-compare"))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be made: {error.strerror}.") from error
     runs = len(arms) * options.seeds
+    if to_tune is not None:
+        print(f"{len(arms) * len(to_tune[1])} runs choose {to_tune[0]} first.", file=sys.stderr)
     twice = " and those of the arms once more, at equal time" if options.equal_time else ""
     print(
         f"{runs} runs of {steps} steps, {options.jobs} at a time{twice}, in {shown(out)}; stopped, the same command "
@@ -152,22 +175,33 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     timed = [name for name in arms if name != PLAIN] if options.equal_time else []
     before = signal.signal(signal.SIGTERM, _end)  # which would leave the runs behind
+    tuned = None
     try:
+        if to_tune is not None:
+            tuned = tune(base, arms, out, steps, *to_tune, options.jobs)
+            arms = {name: [*words, f"{tuned.key}={tuned.best(name)}"] for name, words in arms.items()}
         found = compare(base, arms, out, steps, options.seeds, options.jobs, timed)
     finally:
         signal.signal(signal.SIGTERM, before)
     heading = f"{' '.join(options.overrides) or 'the default run'}, {options.seeds} paired seeds"
-    (out / "comparison.md").write_text(f"{heading}\n\n{found.markdown()}\n", encoding="utf-8")
-    figures = json.dumps({"base": base, **found.figures()}, indent=1)
+    tables = [*([tuned.table(steps)] if tuned else []), *found.tables()]
+    text = "\n\n".join(table.markdown() for table in tables)
+    (out / "comparison.md").write_text(f"{heading}\n\n{text}\n", encoding="utf-8")
+    figures = json.dumps({"base": base, **({"tuning": tuned.figures()} if tuned else {}), **found.figures()}, indent=1)
     (out / "comparison.json").write_text(figures, encoding="utf-8")
     if options.json:
         print(figures)
         return 0
-    notes = [
-        "Difference: in bits per byte, to the plain run of the same seed; less is better; ± is the 95% interval.",
-        "Each arm has the rates of its configuration; an optimizer wants its own, by a sweep, before it is judged.",
-    ]
-    tables = list(found.tables())
+    notes = ["Difference: in bits per byte, to the plain run of the same seed; less is better; ± is the 95% interval."]
+    if tuned:
+        tables.pop(0)
+        tuned.table(steps).show()
+        notes.append(
+            f"Each arm has the {tuned.key} that was best for it; other options are those of its configuration."
+        )
+    else:
+        notes.append("Each arm has the rates of its configuration; --tune optim.lr=log(0.003,0.1,5) chooses its own.")
     for table in tables:
         replace(table, title=f"{heading}: {table.title}", notes=notes if table is tables[-1] else ()).show()
+    print(f"A page with curves and samples: nanochat report {shown(out)}")
     return 0

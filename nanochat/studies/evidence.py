@@ -33,6 +33,8 @@ BOOKKEEPING = ("seed", "tags", "ckpt_path", "task_name", "logger", "rate_scale",
 """keys in which the runs of an arm may differ"""
 TEXT = ("corpus", "paths", "val_paths", "extensions", "max_file_bytes", "val_tokens", "documents", "length", "entropy")
 """keys of the data that say which text it is"""
+TUNING = "tuning"
+"""folder of the runs by which a comparison chose its rates; they are not judged"""
 DEPTH = 3  # folders below the one that is given, in which runs are looked for
 
 
@@ -170,6 +172,7 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Run]:
         yield read_run(folder)
         return
     children = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    children = [path for path in children if path.name != TUNING]
     for child in sorted(children, key=_order):
         if depth and not child.is_symlink():
             yield from _runs_below(child, depth - 1)

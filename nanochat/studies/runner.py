@@ -36,7 +36,7 @@ FRESH_OR_ON = "ckpt_path=auto"
 _composing = threading.Lock()  # Hydra's settings are global
 
 
-class _Runner:
+class Runner:
     """Starts runs, several at a time, and says on stderr how far it is."""
 
     def __init__(self, jobs: int) -> None:
@@ -62,7 +62,7 @@ class _Runner:
         )  # fmt: skip
         return result
 
-    def __enter__(self) -> _Runner:
+    def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -171,14 +171,14 @@ def compare(
         base: overrides of every run. arms: name -> further overrides; the first arm is the one to compare with.
         out: folder of the runs. jobs: runs at a time. timed: arms that are compared at equal time, too.
     """
-    with _Runner(jobs) as runner:
+    with Runner(jobs) as runner:
 
         def results(kind: str, steps_of: Mapping[str, int]) -> dict[str, list[Result]]:
             planned: dict[str, list[Future[Result]]] = {arm: [] for arm in steps_of}
             # seed by seed, so that the arms of a pair share the machine's mood
             for seed in range(seeds):
                 for arm, number in steps_of.items():
-                    name = re.sub(r"[^\w.=+-]+", "_", f"{kind}-{arm}-{seed}")
+                    name = folder_name(f"{kind}-{arm}-{seed}")
                     words = [*merged(base, arms[arm]), f"seed={seed}"]
                     planned[arm].append(runner.submit(words, out / name, number))
             _settle(chain(*planned.values()))
@@ -188,6 +188,11 @@ def compare(
         found.timed_steps = {arm: max(1, round(steps / found.step_ratio(arm))) for arm in timed}
         found.timed = results("time", found.timed_steps)
     return found
+
+
+def folder_name(text: str) -> str:
+    """A text as the name of a folder."""
+    return re.sub(r"[^\w.=+-]+", "_", text)
 
 
 def _settle(futures: Iterable[Future[Result]]) -> None:

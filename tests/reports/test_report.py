@@ -90,6 +90,13 @@ def test_what_has_no_result_is_listed_and_not_averaged(tmp_path):
     }
 
 
+def test_runs_that_chose_a_rate_are_not_judged(tmp_path):
+    sweep = write_sweep(tmp_path / "sweep")
+    write_run(sweep / "tuning" / "optim=muon", 0.1, 1000, ["optim=muon"])
+    [group] = groups(sweep)
+    assert [run.seed for run in group.arms[1].good] == [0, 1, 2]
+
+
 def test_different_texts_are_set_apart(tmp_path):
     first = write_run(tmp_path / "a", 1.0, 0)
     other = write_run(tmp_path / "b", 2.0, 1, paths="b")
