@@ -290,3 +290,12 @@ def test_packaged_models_are_small_whole_and_no_pickles():
         assert manifest.name == folder.name
         assert {path.name for path in folder.iterdir()} == {*manifest.files, manifests.MANIFEST}
         assert manifest.files[manifest.weights][1] <= PACKAGED_LIMIT
+
+
+def test_packaged_models_write(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_ZOO", str(tmp_path))
+    for folder in (Path(manifests.__file__).parent / "models").glob("*/"):
+        assert main(["generate", f"zoo:{folder.name}", "--prompt", "def ", "--max-tokens", "8", "--seed", "1"]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith("def ")
+        assert len(text) > 8
