@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from nanochat.bench.measure import in_child, peak_resident_bytes, report, reset_peak, resident_bytes
+from nanochat.bench.measure import in_child, options_of, peak_resident_bytes, report, reset_peak, resident_bytes
 from nanochat.config.compose import compose
 from nanochat.config.vocabulary import plan_vocabulary
-from nanochat.console import Parser
+from nanochat.console import Parser, count
 from nanochat.device import find_device
 from nanochat.reports.table import show
 from nanochat.run import settle
@@ -29,7 +29,7 @@ CONFIGURATIONS = {
     "d20": ["experiment=d20", "data.batch_size=8"],
     "d20, Collider, Muon 8-bit": ["experiment=d20", "data.batch_size=8", "optim=muon8bit", "+collider=on"],
     "d20, recomputed": ["experiment=d20", "data.batch_size=16", "activation_checkpointing=block"],
-    "d20, bf16-mixed": ["experiment=d20", "data.batch_size=8", "trainer.precision=bf16-mixed"],
+    "tiny, bf16-mixed": ["experiment=tiny", "data.batch_size=16", "trainer.precision=bf16-mixed"],
     "test-8bit": ["experiment=test-8bit"],
     "nano-125m": ["experiment=nano-125m", "data.batch_size=1", "trainer.accumulate_grad_batches=2"],
     "nano-125m, recomputed": [
@@ -37,8 +37,17 @@ CONFIGURATIONS = {
         "activation_checkpointing=block",
     ],
 }  # fmt: skip
-STEPS = 2
-"""measured, after one that makes the optimizer's state"""
+COLUMNS = {
+    "32-true": [],
+    "32-true, block": ["activation_checkpointing=block"],
+    "bf16-mixed": ["trainer.precision=bf16-mixed"],
+    "bf16-mixed, block": ["trainer.precision=bf16-mixed", "activation_checkpointing=block"],
+    "bf16-mixed, block, batch 1": [
+        "trainer.precision=bf16-mixed", "activation_checkpointing=block", "data.batch_size=1",
+    ],
+}  # fmt: skip
+"""the switches of `--table`"""
+HEADINGS = ["experiment", "batch x tokens", "weights + state", *COLUMNS]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 RETURNED = 2**16
 """bytes from which an allocation is a mapping of its own, which goes back when it is freed"""
@@ -49,8 +58,8 @@ def configure(overrides: list[str]) -> dict[str, Any]:
     return plan_vocabulary(settle(compose(overrides)))
 
 
-def measure(cfg: dict[str, Any]) -> int:
-    """Bytes that some steps take at their peak; to be called in a fresh process."""
+def measure(cfg: dict[str, Any], steps: int) -> int:
+    """Bytes that some steps take at their peak, the first left out if there are more; for a fresh process."""
     device = find_device(cfg["trainer"]["accelerator"])
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -67,15 +76,34 @@ def measure(cfg: dict[str, Any]) -> int:
         run.update()
 
     step()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(STEPS):
+    if steps > 1:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            reset_peak()
+        for _ in range(steps - 1):
             step()
-        return torch.cuda.max_memory_allocated()
-    reset_peak()
-    for _ in range(STEPS):
-        step()
-    return peak_resident_bytes() - before
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident_bytes() - before
+
+
+def row(experiment: str) -> list[str]:
+    """A recipe's line of the table: its batch, what always stays, and the peak with each of the switches, in GiB."""
+    cells: list[str] = []
+    update = 0
+    for overrides in COLUMNS.values():
+        cfg = configure([f"experiment={experiment}", "trainer=cpu", "trainer.precision=32-true", *overrides])
+        memory = predict(cfg, update=not cells)
+        if not cells:
+            update = memory.others["optimizer"]
+            batch = f"{cfg['data']['batch_size']} x {cfg['data']['seq_len']:,}"
+            cells = [experiment, batch, f"{memory.fixed / 2**30:.2f}"]
+        cells.append(f"{max(memory.peak, update) / 2**30:.2f}")
+    return cells
+
+
+def line(cells: list[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def main(argv: list[str]) -> int:
@@ -83,7 +111,17 @@ def main(argv: list[str]) -> int:
     parser = Parser("bench memory", __doc__)
     parser.add_argument("--only", choices=list(CONFIGURATIONS), help="one of the configurations")
     parser.add_argument("overrides", nargs="*", help="a configuration of your own in place of ours")
+    parser.add_argument(
+        "--steps", type=count, default=3, help="that are trained; of several the first does not count (3)"
+    )
+    parser.add_argument("--table", action="store_true", help="predict only: the table of docs/memory.md, as Markdown")
     options = parser.parse_intermixed_args(argv)
+    if options.table:
+        for cells in (HEADINGS, ["---"] * len(HEADINGS)):
+            print(line(cells))
+        for experiment in options_of("experiment"):
+            print(line(row(experiment)), flush=True)
+        return 0
     chosen = {"yours": options.overrides} if options.overrides else CONFIGURATIONS
     if options.only:
         chosen = {options.only: CONFIGURATIONS[options.only]}
@@ -91,7 +129,7 @@ def main(argv: list[str]) -> int:
     for name, overrides in chosen.items():
         cfg = configure(overrides)
         memory = predict(cfg)
-        measured = in_child(measure, cfg)
+        measured = in_child(measure, cfg, options.steps)
         print(f"{name}: {memory.peak / 2**20:,.0f} MiB predicted, {measured / 2**20:,.0f} measured", file=sys.stderr)
         figures[name] = {
             "predicted": memory.peak,

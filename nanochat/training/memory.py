@@ -124,7 +124,7 @@ class Rehearsal:
         optimizer.zero_grad()
 
 
-def predict(cfg: dict[str, Any], fake: bool = True) -> Memory:
+def predict(cfg: dict[str, Any], fake: bool = True, update: bool = True) -> Memory:
     """What training takes at its peak, on the device of the run.
 
     It is that of an optimizer step but for the first, whose optimizer has no state yet. Not in it: Python and torch
@@ -135,6 +135,7 @@ def predict(cfg: dict[str, Any], fake: bool = True) -> Memory:
     Args:
         cfg: a settled configuration whose vocabulary is a number.
         fake: on tensors without memory; False computes the step, which tests compare.
+        update: count the optimizer's update, too, which depends on neither batch, precision nor checkpointing.
     """
     device = find_device(cfg["trainer"]["accelerator"])
     ledger, coarse = (
@@ -150,10 +151,11 @@ def predict(cfg: dict[str, Any], fake: bool = True) -> Memory:
                 ledger.mark(GRADIENTS, [parameter.grad])
         ledger.restart()
         run.micro_batch()
-        training = ledger.peak
-        ledger.restart()
-        run.update(every=device.type != "cpu")
-        moments: dict[str, Counter[str]] = {"forward and backward": training, "optimizer": ledger.peak}
+        moments: dict[str, Counter[str]] = {"forward and backward": ledger.peak}
+        if update:
+            ledger.restart()
+            run.update(every=device.type != "cpu")
+            moments["optimizer"] = ledger.peak
     totals = {moment: sum(peak.values()) for moment, peak in moments.items()}
     moment = max(totals, key=totals.__getitem__)
     return Memory({kind: moments[moment][kind] for kind in KINDS}, moment, totals)
