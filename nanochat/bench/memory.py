@@ -83,6 +83,9 @@ def measure(cfg: dict[str, Any], steps: int) -> int:
             reset_peak()
         for _ in range(steps - 1):
             step()
+        if run.sparsity:  # as a run's first steps, which see all tokens
+            run.filter_tokens(0.0)
+            step()
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident_bytes() - before
 
 

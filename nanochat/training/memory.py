@@ -86,6 +86,13 @@ class Rehearsal:
                 self.optimizer.state[parameter] = state
                 self.ledger.mark(STATES, [value for value in state.values() if isinstance(value, Tensor)])
 
+    def filter_tokens(self, sparsity: float) -> None:
+        """Let the next micro-batches do without a backward pass for a share of the tokens."""
+        self.sparsity = sparsity
+        self.module.gpt.kept_rows = KeptRows() if sparsity else None
+        selector = TopTokens(kept_count(self.shape[1], sparsity)) if sparsity else None
+        self.module.objectives["next_token"].selector = selector  # type: ignore[assignment]
+
     def micro_batch(self) -> None:
         """Forward and backward."""
         module, shape = self.module, self.shape
@@ -94,10 +101,7 @@ class Rehearsal:
                 self.ledger.mark(TRITS, linear.quantised())
         tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
         targets = torch.arange(shape[1], device=self.device).remainder(2).expand(shape)
-        if self.sparsity:
-            module.gpt.kept_rows = KeptRows()
-            selector = TopTokens(kept_count(shape[1], self.sparsity))
-            module.objectives["next_token"].selector = selector  # type: ignore[assignment]
+        self.filter_tokens(self.sparsity)
         with self.ledger.saving():
             with autocast(self.device, self.cfg["trainer"]["precision"]):
                 step = Step.of(module.gpt, tokens, targets, max_steps=module.max_steps)
@@ -151,6 +155,11 @@ def predict(cfg: dict[str, Any], fake: bool = True, update: bool = True) -> Memo
                 ledger.mark(GRADIENTS, [parameter.grad])
         ledger.restart()
         run.micro_batch()
+        if run.sparsity:  # the first steps of such a run see all tokens
+            if run.accumulate == 1:
+                run.optimizer.zero_grad()
+            run.filter_tokens(0.0)
+            run.micro_batch()
         moments: dict[str, Counter[str]] = {"forward and backward": ledger.peak}
         if update:
             ledger.restart()
