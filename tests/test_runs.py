@@ -78,9 +78,7 @@ def test_a_long_metrics_file_is_read_from_its_end(tmp_path: Path, monkeypatch: p
     folder = make(tmp_path / "run", "finished")
     rows = [f"{step},{step / 1000},10,," for step in range(1, 3001)]
     rows[100] = "101,,,1.0,9.5"
-    (folder / "metrics.csv").write_text(
-        "\n".join([HEAD, *rows, ""])
-    )
+    (folder / "metrics.csv").write_text("\n".join([HEAD, *rows, ""]))
     monkeypatch.setattr(runs, "TAIL", 2000)
     run = runs.describe(folder)
     assert run["loss"] == pytest.approx(2.9905)  # the mean of 2,981 to 3,000

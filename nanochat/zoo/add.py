@@ -94,8 +94,8 @@ def _with_parity(described: Manifest, run: Run, weights: Path, kind: str, archit
     compared = {}
     for number, check in enumerate(checked.comparisons):
         what = check.what if number else "the run and the file"  # the run's path is of no use to others
-        compared[what] = (
-            f"on its own text: same top token at {check.same_top:.1%} of positions, NLL {check.nll[0]:.4f} and {check.nll[1]:.4f}"
-        )
+        ours, theirs = check.nll
+        same = f"same top token at {check.same_top:.1%} of positions"
+        compared[what] = f"on its own text: {same}, NLL {ours:.4f} and {theirs:.4f}"
     today = datetime.date.today().isoformat()
     return dataclasses.replace(described, model={**model, **compared}, created=today)
