@@ -25,6 +25,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "params": ("nanochat.params:main", "parameters and memory of a model, by part"),
     "wandb": ("nanochat.studies.wandb_commands:main", "Weights & Biases: sweeps, dashboards, a local page of them"),
     "bench": ("nanochat.bench.cli:main", "the measurements behind the figures of the README"),
+    "validate": (
+        "nanochat.validate:main",
+        "once the whole way: prepare, train, kill, resume, export, verify",
+    ),
     "doctor": ("nanochat.doctor:main", "versions, device, what works, and a training smoke test"),
 }
 """verb -> (module:function, what it does); the function takes the other arguments and returns an exit code or None"""

@@ -13,7 +13,6 @@ import pytest
 from nanochat import cli, run_lock, runs
 from nanochat.errors import UserError
 
-
 HEAD = "step,train/loss,train/tokens_per_second,val/loss,val/bpb"
 
 
