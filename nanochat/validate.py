@@ -195,11 +195,8 @@ def main(argv: list[str]) -> int:
             if failed:
                 break
     if options.json:
-        print(
-            json.dumps(
-                {"passed": not failed, "stages": [dict(zip(("name", "seconds", "said"), r, strict=True)) for r in rows]}
-            )
-        )
+        stages = [dict(zip(("name", "seconds", "said"), row, strict=True)) for row in rows]
+        print(json.dumps({"passed": not failed, "stages": stages}))
     else:
         Table("", ["stage", "seconds", "what happened"], rows).show()
     return int(failed)

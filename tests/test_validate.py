@@ -13,7 +13,7 @@ from nanochat.validate import EVERY, StageError, Validation, main
 from tests.runs import write_text
 
 SMALL = [
-    "model.dim=64", "model.n_heads=2", "model.n_kv_heads=2", "model.ffn_dim=128", "data=text", "tokenizer=byte",
+    "model.dim=64", "model.n_heads=2", "model.n_kv_heads=2", "model.ffn_dim=128", "data=text",
     "data.batch_size=2", "data.val_tokens=200", "trainer=cpu", "trainer.max_steps=30",
 ]  # fmt: skip
 
@@ -44,5 +44,5 @@ def test_mistakes(tmp_path: Path) -> None:
         main(["--folder", str(tmp_path)])
     with pytest.raises(UserError, match="--kills=0"):
         main(["--kills", "0"])
-    with pytest.raises(UserError, match="data.batch_sze"):
+    with pytest.raises(UserError, match=r"data\.batch_sze"):
         main(["data.batch_sze=2"])
