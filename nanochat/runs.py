@@ -148,7 +148,12 @@ def table(runs: list[dict[str, Any]], title: str) -> Table:
         ])  # fmt: skip
     headings = ["run", "state", "step", "loss", "val/bpb", "tokens/s", "left", "disk"]
     total = sum(run["bytes"] for run in runs)
-    return Table(title, headings, rows, [f"{len(runs)} runs, {_size(total)} on disk."] if runs else ["No runs yet."])
+    return Table(
+        title,
+        headings,
+        rows,
+        [f"{len(runs)} run{'s' if len(runs) != 1 else ''}, {_size(total)} on disk."] if runs else ["No runs yet."],
+    )
 
 
 def _size(count: float) -> str:

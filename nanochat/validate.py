@@ -102,7 +102,7 @@ class Validation:
                 raise StageError(f"the resumed run ended with code {process.returncode}: {self._log_end()}")
         self._compare(self._losses())
         repeated = sum(step > saved for step in self.before)
-        return f"from step {saved}; {repeated} steps that the kill had cut off have the same losses to the last digit"
+        return f"from step {saved}; steps done twice, with the same losses to the last digit: {repeated}"
 
     def evaluate(self) -> str:
         """The run's own last validation."""

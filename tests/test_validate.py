@@ -27,7 +27,7 @@ def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     said = {stage["name"]: stage["said"] for stage in found["stages"]}
     assert list(said) == ["prepare", "kill", "resume", "evaluate", "export", "verify", "generate"]
     assert int(said["kill"].split("step ")[1].split(",")[0]) > EVERY
-    assert "have the same losses to the last digit" in said["resume"]
+    assert "with the same losses to the last digit" in said["resume"]
     assert "after 30 steps" in said["evaluate"]
 
 
