@@ -148,12 +148,8 @@ def table(runs: list[dict[str, Any]], title: str) -> Table:
         ])  # fmt: skip
     headings = ["run", "state", "step", "loss", "val/bpb", "tokens/s", "left", "disk"]
     total = sum(run["bytes"] for run in runs)
-    return Table(
-        title,
-        headings,
-        rows,
-        [f"{len(runs)} run{'s' if len(runs) != 1 else ''}, {_size(total)} on disk."] if runs else ["No runs yet."],
-    )
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    return Table(title, headings, rows, [f"{count}, {_size(total)} on disk." if runs else "No runs yet."])
 
 
 def _size(count: float) -> str:
