@@ -81,6 +81,7 @@ def describe(
         "serve it": f"nanochat serve {use}",
         "a copy for llama.cpp": f"nanochat zoo get {use} --out .",
     }
+    seconds = "trained_seconds" if "trained_seconds" in found else "seconds"  # the second: of the last session alone
     return Manifest(
         name=name,
         licence=licence,
@@ -88,7 +89,7 @@ def describe(
         weights=f"{name}.gguf",
         files={},
         model={"parameters": parameters, "step": step, "weights": weights, "config": config}
-        | {key: found[key] for key in ("tokens", "seconds", "commit", "torch") if found.get(key)},
+        | {key: found[key] for key in ("tokens", seconds, "commit", "torch") if found.get(key)},
         data=_data_card(run, found) | (data or {}),
         metrics=(*metrics, *own),
         commands=commands,
