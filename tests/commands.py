@@ -16,6 +16,7 @@ from nanochat.cli import VERBS
 from nanochat.config.compose import compose
 from nanochat.console import Parser
 from nanochat.errors import ConfigError
+from nanochat.studies.runner import merged
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,6 +81,7 @@ def check_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     That this machine lacks a device which a command asks for is no mistake of the command.
     """
     program, *words = shlex.split(command)
+    arms: list[list[str]] = []
     if program == "make":
         assert f"\n{words[0]}:" in (ROOT / "Makefile").read_text()
         return
@@ -90,7 +92,7 @@ def check_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
             from nanochat.studies.cli import parser
 
             options = parser().parse_intermixed_args(words)
-            words = [*options.overrides, *shlex.split(" ".join(options.arms or []))]
+            words, arms = options.overrides, [merged(options.overrides, shlex.split(arm)) for arm in options.arms or []]
         elif verb in ("train", "data"):
             words = [w for w in words if "=" in w]
         elif verb != "params":
@@ -104,7 +106,7 @@ def check_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "notes.txt").write_text("some words\n" * 50)
     (tmp_path / "books" / "one.txt").write_text("more words\n" * 50)
     monkeypatch.chdir(tmp_path)
-    for job in jobs(words)[-most if most else None :]:
+    for job in [*jobs(words)[-most if most else None :], *arms]:
         try:
             compose(job)
         except ConfigError as error:
