@@ -70,17 +70,24 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a metrics.csv, as text; a last line that was cut off is left out."""
+    """The whole rows of a metrics.csv, as text; `[]` without a file. Raises `UserError` when it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return whole_rows(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    return [
-        row
-        for row in csv.DictReader(lines)
-        if row.get("step", "").isdigit() and None not in row and None not in row.values()
-    ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or "not a table of text"
+        raise UserError(f"{path} cannot be read: {reason}; move it elsewhere.") from error
+
+
+def whole_rows(text: str) -> list[dict[str, str]]:
+    """The rows of a metrics.csv's text that have all columns and a step; a last line that was cut off is left out.
+
+    Raises:
+        csv.Error: a field is longer than any that a run writes.
+    """
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    return [row for row in rows if None not in row and None not in row.values() and row.get("step", "").isdecimal()]
 
 
 def read_last_row(path: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -18,7 +19,7 @@ from nanochat.console import Parser, clock_time, seconds
 from nanochat.errors import UserError
 from nanochat.files import shown
 from nanochat.reports.table import Table
-from nanochat.run_folder import HEARTBEAT, read_metrics, read_summary
+from nanochat.run_folder import HEARTBEAT, read_summary, whole_rows
 
 TAIL = 1 << 18
 """bytes at the end of a metrics.csv that are read for its latest numbers"""
@@ -43,24 +44,30 @@ def describe(folder: Path) -> dict[str, Any]:
     """A run's `state` and numbers; a number that is not known is None.
 
     The state is `running` (a process holds the folder), `silent` (so, but without a heartbeat for long), `finished`,
-    `stopped` (by a signal or Ctrl-C), `failed`, or `killed` (it has ended without a word).
+    `stopped` (by a signal or Ctrl-C), `failed`, `killed` (it has ended without a word), or `unreadable` (its files are
+    damaged, and none of them says how it ended). Text where a number belongs counts as not known.
     """
     beat, summary = _heartbeat(folder), read_summary(folder)
     rows = _latest_rows(folder / "metrics.csv")
-    losses = [float(row["train/loss"]) for row in rows if row.get("train/loss")][-RECENT:]
-    speeds = [float(row["train/tokens_per_second"]) for row in rows if row.get("train/tokens_per_second")][-RECENT:]
+    losses = _numbers(rows, "train/loss")[-RECENT:]
+    speeds = _numbers(rows, "train/tokens_per_second")[-RECENT:]
     state = _state(folder, beat, summary)
-    left = beat.get("seconds_left") if state == "running" else None
-    step = beat.get("step", summary.get("step"))
+    if state == "killed" and not (beat or summary or rows) and _has_content(folder, "summary.json", "metrics.csv"):
+        state = "unreadable"
+    left = _number(beat.get("seconds_left")) if state == "running" else None
+    step = _whole(beat.get("step"))
+    if step is None:
+        step = _whole(summary.get("step"))
     if step is None:
         step = int(rows[-1]["step"]) if rows else 0
+    bpbs = _numbers(rows, "val/bpb")
     return {
         "run": shown(folder),
         "state": state,
         "step": step,
-        "max_steps": beat.get("max_steps") or _planned_steps(folder),
-        "loss": _finite(sum(losses) / len(losses)) if losses else None,
-        "val/bpb": _last(rows, "val/bpb") or _finite(summary.get("val/bpb")),
+        "max_steps": _whole(beat.get("max_steps")) or _planned_steps(folder),
+        "loss": sum(losses) / len(losses) if losses else None,
+        "val/bpb": bpbs[-1] if bpbs else _number(summary.get("val/bpb")),
         "tokens_per_second": len(speeds) / sum(1.0 / max(speed, 1e-9) for speed in speeds) if speeds else None,
         "seconds_left": max(0.0, left - (time.time() - beat["time"])) if left is not None else None,
         "bytes": disk_bytes(folder),
@@ -94,14 +101,15 @@ def _heartbeat(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / HEARTBEAT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("time"), int | float) else {}
+    beat = _number(found.get("time")) if isinstance(found, dict) else None
+    return {} if beat is None else {**found, "time": beat}
 
 
 def _planned_steps(folder: Path) -> int | None:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         steps = config["trainer"]["max_steps"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         return None
     return steps if isinstance(steps, int) and steps > 0 else None
 
@@ -110,29 +118,48 @@ def _latest_rows(path: Path) -> list[dict[str, str]]:
     """The last rows of a metrics.csv; all of them where the last ones have no validation."""
     try:
         with path.open("rb") as file:
-            head = file.readline().decode()
+            head = file.readline(TAIL)
             start = max(len(head), os.fstat(file.fileno()).st_size - TAIL)
             file.seek(start)
-            text = file.read().decode(errors="replace")
-    except OSError:
+            if start > len(head):
+                file.readline()  # the rest of a row
+            rows = whole_rows((head + file.read()).decode(errors="replace"))
+            if start == len(head) or _numbers(rows, "val/bpb"):
+                return rows
+            file.seek(0)
+            return whole_rows(file.read().decode(errors="replace"))
+    except (OSError, csv.Error):
         return []
-    whole = start == len(head)
-    lines = text[: text.rfind("\n") + 1].splitlines()[0 if whole else 1 :]
-    rows = [
-        row
-        for row in csv.DictReader([head, *lines])
-        if row.get("step", "").isdigit() and None not in row and None not in row.values()
-    ]
-    return rows if whole or any(row.get("val/bpb") for row in rows) else read_metrics(path)
 
 
-def _last(rows: list[dict[str, str]], name: str) -> float | None:
-    return next((_finite(row[name]) for row in reversed(rows) if row.get(name)), None)
+def _has_content(folder: Path, *names: str) -> bool:
+    """Whether one of a run's files has more than a line of headings."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            content = (folder / name).read_bytes()
+            if content and not (content.startswith(b"step,") and content.count(b"\n") <= 1):
+                return True
+    return False
 
 
-def _finite(value: Any) -> float | None:
-    """A number, None for what is not one that JSON has."""
-    return float(value) if value is not None and math.isfinite(float(value)) else None
+def _numbers(rows: list[dict[str, str]], name: str) -> list[float]:
+    """The numbers of a column; a row without one is left out."""
+    found = (_number(row.get(name)) for row in rows)
+    return [number for number in found if number is not None]
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, None of anything else."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _whole(value: Any) -> int | None:
+    found = _number(value)
+    return None if found is None else int(found)
 
 
 def table(runs: list[dict[str, Any]], title: str) -> Table:

@@ -169,6 +169,20 @@ def _said(*words: str) -> str:
     return out.getvalue()
 
 
+def _make_empty(folder: Path) -> None:
+    """Make a folder, or find it empty and writable; raises `UserError` otherwise."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        full = any(folder.iterdir())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "it is not a folder" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise UserError(f"nanochat validate: {folder} cannot be used: {reason}; give a new folder.") from error
+    if full:
+        raise UserError(f"nanochat validate: {folder} is not empty; give a new folder.")
+
+
 def main(argv: list[str]) -> int:
     """Go through the stages; 0 when all did what they promise, 1 at the first that did not."""
     parser = Parser("validate", __doc__)
@@ -178,11 +192,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_intermixed_args(argv)
     if not 1 <= options.kills <= 3:
         raise UserError(f"nanochat validate: --kills={options.kills} must lie between 1 and 3.")
-    if options.folder is not None and options.folder.exists() and any(options.folder.iterdir()):
-        raise UserError(f"nanochat validate: {options.folder} is not empty; give a new folder.")
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nanochat-")))
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_empty(folder)
         compose([RECIPE, *options.overrides])  # a mistake in them is the user's, and said at once
         rows, failed = [], False
         for name, stage in Validation(folder.resolve(), options.overrides, options.kills).stages().items():

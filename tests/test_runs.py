@@ -12,6 +12,7 @@ import pytest
 
 from nanochat import cli, run_lock, runs
 from nanochat.errors import UserError
+from nanochat.run_folder import read_metrics
 
 HEAD = "step,train/loss,train/tokens_per_second,val/loss,val/bpb"
 
@@ -82,6 +83,31 @@ def test_a_long_metrics_file_is_read_from_its_end(tmp_path: Path, monkeypatch: p
     run = runs.describe(folder)
     assert run["loss"] == pytest.approx(2.9905)  # the mean of 2,981 to 3,000
     assert run["val/bpb"] == 9.5, "its only validation lies before what is read at first"
+
+
+def test_damaged_files_do_not_hide_the_other_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "good", "finished")
+    for name, content in (("bytes", b"\xff\xfe"), ("rows", b"step,train/loss,val/bpb\n1,abc,\n2,1.5,nan\n\xb2,2.5,\n")):
+        make(tmp_path / name, "running", beat=None)
+        (tmp_path / name / "metrics.csv").write_bytes(content)
+    text = make(tmp_path / "text", "finished")
+    summary = {"status": "finished", "step": "many", "val/bpb": []}
+    (text / "summary.json").write_text(json.dumps(summary))
+    beat = {"step": [], "max_steps": "all", "seconds_left": "soon", "time": 1.0}
+    (text / "heartbeat.json").write_text(json.dumps(beat))
+    (text / "metrics.csv").write_text("step,train/loss\n")
+    with run_lock.hold(make(tmp_path / "live", "running", beat=None)):
+        (tmp_path / "live" / "heartbeat.json").write_text(json.dumps({**beat, "time": time.time()}))
+        assert cli.main(["runs", str(tmp_path), "--json"]) == 0
+        listed = json.loads(capsys.readouterr().out)
+        assert cli.main(["runs", str(tmp_path)]) == 0
+    found = {Path(run["run"]).name: (run["state"], run["step"], run["loss"], run["val/bpb"]) for run in listed}
+    assert found == {
+        "good": ("finished", 40, 2.0, 2.25), "bytes": ("unreadable", 0, None, None), "rows": ("killed", 2, 1.5, None),
+        "text": ("finished", 0, None, None), "live": ("running", 40, 2.0, 2.25),
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"metrics\.csv cannot be read: not a table of text"):
+        read_metrics(tmp_path / "bytes" / "metrics.csv")
 
 
 def test_watching_ends_with_ctrl_c(

@@ -42,6 +42,12 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is not empty"):
         main(["--folder", str(tmp_path)])
+    with pytest.raises(UserError, match=r"file cannot be used: it is not a folder"):
+        main(["--folder", str(tmp_path / "file")])
+    with pytest.raises(UserError, match=r"file/below cannot be used: it is not a folder"):
+        main(["--folder", str(tmp_path / "file" / "below")])
+    with pytest.raises(UserError, match=r"/proc/.* cannot be used: \w+"):  # nobody can write there
+        main(["--folder", "/proc/nanochat"])
     with pytest.raises(UserError, match="--kills=0"):
         main(["--kills", "0"])
     with pytest.raises(UserError, match=r"data\.batch_sze"):

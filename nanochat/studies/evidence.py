@@ -68,7 +68,7 @@ class Run:
         """Those of metrics.csv."""
         try:
             return read_metrics(self.folder / "metrics.csv")
-        except (OSError, ValueError):
+        except UserError:
             return []
 
     def number(self, key: str) -> float | None:

@@ -181,7 +181,7 @@ class Journal:
         again: drop the rows from `step` on instead of repeating them.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be read or written.
     """
 
     HEAD = "step,elapsed,progress,max_time\n"
@@ -211,18 +211,24 @@ class Journal:
             raise self._unwritable(error) from error
 
     def _read(self) -> list[tuple[int, float, float, float]]:
-        """The whole rows; a last line that was cut off is left out."""
+        """The whole rows; damaged lines, such as a last one that was cut off, are left out."""
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
+        except OSError as error:
+            reason = error.strerror or os.strerror(error.errno or 0)
+            raise UserError(f"{self.path} cannot be read: {reason}; make it readable, or remove it.") from error
         rows = []
         for line in text[: text.rfind("\n") + 1].splitlines()[1:]:
             try:
-                step, elapsed, progress, seconds = line.split(",")
-                rows.append((int(step), float(elapsed), float(progress), float(seconds)))
+                step, *texts = line.split(",")
+                elapsed, progress, seconds = map(float, texts)
+                row = (int(step), elapsed, progress, seconds)
             except ValueError:  # after a power cut
                 continue
+            if math.isfinite(seconds) and 0.0 <= elapsed < math.inf and 0.0 <= progress <= 1.0:
+                rows.append(row)
         return rows
 
     @staticmethod

@@ -17,6 +17,7 @@ from nanochat.errors import ConfigError, UserError
 from nanochat.optim import WSD
 from nanochat.run import train
 from nanochat.training.callbacks import time_limit
+from nanochat.training.callbacks.time_limit import Journal
 from nanochat.training.module import NanoChatModule
 from tests.runs import configure, read_metrics, read_state, same
 from tests.training.callbacks.short_runs import BARE
@@ -222,3 +223,15 @@ def test_mistakes(place: Path, tmp_path: Path, settings: list[str], text: str) -
     with pytest.raises(ConfigError, match=text):
         train(configure(place, settings), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_damaged_journal_does_not_keep_a_run_from_resuming(tmp_path: Path) -> None:
+    lines = [b"1,1.0,0.1,60.0", b"\xff\xfe", b"2,nan,0.2,60.0", b"3,3.0,1.5,60.0", b"4,inf,0.4,60.0", b"5,5.0,0.5,60.0"]
+    (tmp_path / "clock.csv").write_bytes(b"\n".join([b"step,\xff", *lines, b""]))
+    journal = Journal(tmp_path, 1)
+    assert [journal.recorded(step, 60.0) for step in range(1, 6)] == [(1.0, 0.1), None, None, None, (5.0, 0.5)]
+    assert (tmp_path / "clock.csv").read_text() == f"{Journal.HEAD}{lines[0].decode()}\n{lines[-1].decode()}\n"
+    (tmp_path / "clock.csv").unlink()
+    (tmp_path / "clock.csv").mkdir()
+    with pytest.raises(UserError, match=r"clock\.csv cannot be read: Is a directory"):
+        Journal(tmp_path, 1)
