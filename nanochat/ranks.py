@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,6 +71,15 @@ def first(value: float) -> float:
     shared = torch.tensor(value, dtype=torch.float64)
     dist.broadcast(shared, 0)
     return shared.item()
+
+
+def same(value: Any) -> Any:
+    """Rank 0's value on every rank: numbers, text, lists and dictionaries of them."""
+    if world() == 1:
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, 0)
+    return shared[0]
 
 
 def add(numbers: Tensor) -> Tensor:

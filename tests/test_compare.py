@@ -202,7 +202,7 @@ def test_a_run_s_mistake_is_the_comparison_s(tmp_path, capsys):
 
 
 def test_a_run_cut_short_is_no_result(tmp_path, capsys):
-    words = ["compare", *runs.words(tmp_path), "trainer.max_time=00:00:00:00", "--arms", "optim=adamw", "--seeds", "1"]
+    words = ["compare", *runs.words(tmp_path), "trainer.max_time=0.001s", "--arms", "optim=adamw", "--seeds", "1"]
     assert nanochat.cli.main([*words, "--steps", "50", "--jobs", "1", "--out", str(tmp_path / "out")]) == 2
     assert "of 50 steps" in capsys.readouterr().err
 
@@ -261,7 +261,9 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     assert "cannot be made" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+)
 def test_a_stopped_comparison_leaves_no_run_behind_and_goes_on(number, code, tmp_path):
     out = tmp_path / "out"
     words = ["compare", *runs.words(tmp_path), "--arms", "optim=adamw", "--seeds", "1", "--jobs", "1"]

@@ -55,8 +55,9 @@ def test_auto(machine, cuda, mps, name, precision):
     machine(cuda, mps)
     assert find_device().type == name
     assert default_precision(find_device()) == precision
-    settled = settle({"trainer": {"accelerator": "auto", "precision": "auto"}, "compile": "auto"})
-    assert settled["trainer"] == {"accelerator": name, "precision": precision}
+    trainer = {"accelerator": "auto", "precision": "auto", "max_steps": 5}
+    settled = settle({"trainer": trainer, "compile": "auto", "schedule": {}})
+    assert settled["trainer"] == {"accelerator": name, "precision": precision, "max_steps": 5}
     assert settled["compile"] is (cuda is not None)
 
 
@@ -95,7 +96,8 @@ def test_this_machine_answers():
 
 
 def test_what_is_said_stays():
-    said = {"trainer": {"accelerator": "cpu", "precision": "bf16-mixed"}, "compile": True}
+    trainer = {"accelerator": "cpu", "precision": "bf16-mixed", "max_steps": 5}
+    said = {"trainer": trainer, "compile": True, "schedule": {}}
     assert settle(said) == said
 
 

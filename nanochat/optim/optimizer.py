@@ -56,6 +56,10 @@ class Optimizer(torch.optim.Optimizer):
     def distribute(self) -> None:
         """Share the parameters out among the ranks of this job, by the cost of their updates; before the first step."""
         if ranks.world() > 1:
+            # what `auto` stands for was timed by each rank for itself, and must not differ
+            options = [{key: value for key, value in g.items() if key != "params"} for g in self.param_groups]
+            for group, agreed in zip(self.param_groups, ranks.same(options), strict=True):
+                group.update(agreed)
             costs = [[self.rules[g["rule"]].cost(g, p) for p in g["params"]] for g in self.param_groups]
             self.owners = Owners([group["params"] for group in self.param_groups], costs)
 

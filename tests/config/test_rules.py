@@ -53,7 +53,7 @@ STOPPING = ["callbacks.stop._target_=nanochat.training.callbacks.early_stopping.
         (["trainer.accumulate_grad_batches=0"], ["accumulate_grad_batches=0", "at least 1"]),
         (["trainer.gradient_clip_val=-1"], ["gradient_clip_val=-1", "negative"]),
         (["trainer.val_check_interval=0"], ["val_check_interval=0"]),
-        (["trainer.devices=2"], ["trainer.devices=2"]),
+        (["trainer.devices=0"], ["trainer.devices=0"]),
         (["trainer.max_time=soon"], ["trainer.max_time=soon", "DD:HH:MM:SS"]),
         (["trainer.accelerator=gpu0"], ["gpu0", "did you mean 'gpu'"]),
         (

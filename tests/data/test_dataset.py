@@ -25,7 +25,7 @@ def numbered(count: int) -> np.ndarray:
 @settings(max_examples=200, deadline=None)
 def test_each_epoch_shows_each_token_once(count, seq_len, batch_size, seed, start):
     if count < seq_len + 1:
-        with pytest.raises(UserError, match=rf"{count} tokens.*data\.seq_len={seq_len}"):
+        with pytest.raises(UserError, match=rf"{count} tokens, too few for one sequence of {seq_len} .*data\.seq_len"):
             TrainBatches(numbered(count), seq_len, batch_size, seed, count)
         return
     batches = TrainBatches(numbered(count), seq_len, batch_size, seed, count)

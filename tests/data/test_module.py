@@ -269,7 +269,7 @@ def test_bad_synthetic_vocabularies(make, vocabulary):
 @pytest.mark.parametrize("text", ["x", "xy", "x\n" * 8])
 def test_too_little_text(make, tmp_path, text):
     (tmp_path / "small.txt").write_text(text)
-    with pytest.raises(UserError, match=r"data\.seq_len=16|no two tokens|no text"):
+    with pytest.raises(UserError, match=r"too few for one sequence of 16 .*data\.seq_len|no two tokens|no text"):
         make_prepared(make, paths=[str(tmp_path / "small.txt")], tokenizer=Byte())
 
 

@@ -11,7 +11,7 @@ from nanochat.model import GPTConfig, int8
 from nanochat.model.bitlinear import BitLinear, project, ternarise
 from nanochat.objectives import NextToken, Step, linear_cross_entropy
 from nanochat.objectives.mtp import MultiTokenPrediction
-from tests.model.test_compact_backward import BASE, compare, data, network
+from tests.model.test_compact_backward import BASE, check_against_the_oracle, data, network
 
 ROW = replace(BASE, weight_block="row", int8=True)
 FORMS = [
@@ -102,7 +102,7 @@ def test_a_network_computes_what_its_float_form_does(switches, kernel):
 
 @pytest.mark.parametrize("switches", [{}, {"value_embeddings": 1}, {"n_kv_heads": 1, "sub_norm": True}], ids=str)
 def test_the_compact_backward_follows_it(switches, kernel, monkeypatch):
-    compare(network(replace(ROW, **switches)), monkeypatch, count=14, tolerance=2e-5)
+    check_against_the_oracle(network(replace(ROW, **switches)), monkeypatch, count=14, tolerance=2e-5)
 
 
 def test_with_multi_token_prediction(kernel):

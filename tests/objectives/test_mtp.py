@@ -10,7 +10,7 @@ from nanochat.errors import ConfigError
 from nanochat.model import GPT, GPTConfig
 from nanochat.objectives import IGNORED, NextToken, Step
 from nanochat.objectives.mtp import KINDS, MultiTokenPrediction, future_targets
-from nanochat.objectives.sampling import draw, generator
+from nanochat.objectives.sampling import draw_positions, generator
 
 EOT = 0
 CONFIG = GPTConfig(
@@ -194,13 +194,13 @@ def test_mean_over_all_draws_is_the_full_loss_and_gradient(kind):
 
 def test_a_draw_is_uniform_over_the_subsets_of_the_valid():
     valid = torch.tensor([True, False, True, True, False, True])
-    seen = [tuple(draw(valid, 2, generator(7, step)).tolist()) for step in range(6000)]
+    seen = [tuple(draw_positions(valid, 2, generator(7, step)).tolist()) for step in range(6000)]
     counts = {subset: seen.count(subset) for subset in itertools.combinations([0, 2, 3, 5], 2)}
     assert sum(counts.values()) == 6000
     # 1000 each with a standard deviation of 29
     assert all(abs(count - 1000) < 130 for count in counts.values())
-    assert draw(valid, 5, generator(1)).tolist()[0] == 0
-    assert set(draw(valid, 5, generator(1)).tolist()) >= {0, 2, 3, 5}
+    assert draw_positions(valid, 5, generator(1)).tolist()[0] == 0
+    assert set(draw_positions(valid, 5, generator(1)).tolist()) >= {0, 2, 3, 5}
 
 
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])

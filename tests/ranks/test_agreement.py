@@ -11,12 +11,15 @@ import signal
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from nanochat import ranks
 from nanochat.data.dataset import Batch, TrainBatches
 from nanochat.objectives import IGNORED
+from nanochat.optim.rules.muon import Muon
 from nanochat.training.module import NanoChatModule
 from tests.ranks.pools import Pool, close, numbers, train_on
 from tests.runs import read_state
@@ -101,6 +104,22 @@ def ignore_some(patch: pytest.MonkeyPatch) -> None:
 )
 def test_the_denominator_is_that_of_all_ranks(place: Path, two: Pool, words: list[str]) -> None:
     compare(place, f"ignored-{words[-1]}", [None, two], [*WIDE, *words], ignore_some)
+
+
+def time_one_rank_apart(patch: pytest.MonkeyPatch) -> None:
+    """A last rank whose probe finds another dtype for Newton-Schulz, as another machine's may."""
+    original = Muon.auto
+
+    def auto(self: Muon, device: torch.device) -> dict[str, Any]:
+        found = original(self, device)
+        return {**found, "ns_dtype": "bfloat16"} if ranks.rank() else found
+
+    patch.setattr(Muon, "auto", auto)
+
+
+def test_what_auto_stands_for_is_that_of_rank_zero(place: Path, two: Pool) -> None:
+    words = [*WIDE, "optim=muon", "trainer.max_steps=3", "trainer.val_check_interval=3"]
+    compare(place, "auto", [None, two], words, time_one_rank_apart)
 
 
 def spoil_one_row(step: int, patch: pytest.MonkeyPatch) -> None:
