@@ -41,6 +41,15 @@ def free_bytes(device: torch.device) -> int | None:
     return min([free, *_cgroup_bytes()])
 
 
+def own_free_bytes(cfg: dict[str, Any]) -> int | None:
+    """`free_bytes` of a run's device for one of its ranks: those on a CPU share the memory of the machine."""
+    trainer = cfg["trainer"]
+    device = find_device(trainer["accelerator"])
+    free, count = free_bytes(device), trainer.get("devices")
+    shared = device.type == "cpu" and isinstance(count, int) and count > 1
+    return free // count if shared and free is not None else free
+
+
 def _cgroup_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
     """What the limits of this process' control groups leave, those of its parents among them."""
     try:
@@ -83,14 +92,14 @@ def check_fits(cfg: dict[str, Any], free: int | None = None) -> str | None:
 
     Args:
         cfg: a settled configuration.
-        free: bytes; by default those of the run's device.
+        free: bytes; by default those of the run's device, for one rank.
 
     Raises:
         UserError: the weights and the optimizer's state alone do not fit.
     """
     cfg = plan_vocabulary(cfg)
     device = find_device(cfg["trainer"]["accelerator"])
-    free = free_bytes(device) if free is None else free
+    free = own_free_bytes(cfg) if free is None else free
     if free is None or generous_bytes(cfg) <= free:
         return None
     memory = predict(cfg)
@@ -139,14 +148,14 @@ def choose_batch(cfg: dict[str, Any], folder: Path, free: int | None = None) -> 
     Args:
         cfg: a settled configuration with the recipe's own `data.batch_size`.
         folder: of the run. One that has started keeps the micro-batch that was chosen then.
-        free: bytes; by default those of the run's device. Where they are not known nothing changes.
+        free: bytes; by default those of the run's device, for one rank. Where they are not known nothing changes.
     """
     if cfg.get("ckpt_path") is not None and (folder / "config.yaml").is_file():
         saved: Any = OmegaConf.load(folder / "config.yaml")
         size, accumulate = saved.data.batch_size, saved.trainer.accumulate_grad_batches
         return with_batch(cfg, size, size * accumulate)
     planned = plan_vocabulary(cfg)
-    free = free_bytes(find_device(cfg["trainer"]["accelerator"])) if free is None else free
+    free = own_free_bytes(cfg) if free is None else free
     if free is None:
         return cfg
     a_step = cfg["data"]["batch_size"] * (cfg["trainer"].get("accumulate_grad_batches") or 1)

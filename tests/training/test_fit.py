@@ -113,3 +113,9 @@ def test_limits_of_a_control_group(limit, expected, tmp_path):
 def test_free_memory_of_this_machine():
     free = fit.free_bytes(torch.device("cpu"))
     assert free is None or 0 < free < 2**46
+
+
+def test_ranks_on_a_cpu_share_its_memory(monkeypatch):
+    monkeypatch.setattr(fit, "free_bytes", lambda device: 8 * 2**30)
+    assert fit.own_free_bytes({"trainer": {"accelerator": "cpu", "devices": 1}}) == 8 * 2**30
+    assert fit.own_free_bytes({"trainer": {"accelerator": "cpu", "devices": 4}}) == 2 * 2**30
