@@ -101,6 +101,7 @@ class Hooks(Callback):
             with hydra_settings(config):
                 folder = Path(HydraConfig.get().sweep.dir).absolute()
                 _check_sweep(folder, user_overrides())
+                run_lock.check_free(folder)  # a search holds its folder
                 _launch.made = [path for path in (folder, *folder.parents) if not path.exists()]
                 _launch.sweep_folder = folder
                 grid = str(HydraConfig.get().sweeper._target_).endswith("BasicSweeper")

@@ -196,7 +196,10 @@ def _who(found: dict[str, Any]) -> str:
 
 
 def _in_use(folder: Path, found: dict[str, Any], try_later: bool) -> InUseError:
-    text = f"{folder} is in use by {_who(found)}; wait for it to end, or give another hydra.run.dir."
+    text = (
+        f"{folder} is in use by {_who(found)}; wait for it to end, or give another folder (hydra.run.dir, "
+        "hydra.sweep.dir)."
+    )
     if found.get("host") != socket.gethostname():
         text += f" If that machine or process is gone for good, remove {folder / NAME}."
     error = InUseError(text)

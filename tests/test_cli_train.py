@@ -19,11 +19,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from nanochat import cli, launch
+from nanochat import cli, launch, run_lock
 from nanochat.config import rules
 from nanochat.config.check import Checked, check
 from nanochat.errors import ConfigError, UserError
 from nanochat.reports import sweep
+from nanochat.studies.optuna_sweeper import open_study
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -467,6 +468,65 @@ def test_a_search_s_mistakes(runs, call: Call, monkeypatch, tmp_path: Path) -> N
     assert out.count("failed: a sweeper minimises val/bpb, and this run has none") == 1
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert "pip install 'nanochat[optuna]'" in call(*SEARCH[:2], "seed=1,2")[2]
+
+
+def test_a_search_holds_its_folder(runs, call: Call, monkeypatch, tmp_path: Path) -> None:
+    words = (*SEARCH, "seed=range(0,10)", "hydra.sweeper.n_trials=2")
+    folder = tmp_path / "swept"
+    with run_lock.hold(folder):
+        for _ in range(2):
+            code, _, err = call(*words)
+            assert (code, err.count("\n")) == (2, 1)
+            assert f"swept is in use by process {os.getpid()}" in err
+            monkeypatch.setattr(launch.run_lock, "check_free", lambda folder, try_later=False: None)  # started just now
+    assert runs == []
+    train, holders = sys.modules["nanochat.run"].train, []
+
+    def watched(given: Any, place: Path) -> dict[str, float]:
+        holders.append(run_lock.holder(folder))
+        return train(given, place)
+
+    sys.modules["nanochat.run"].train = watched  # type: ignore[attr-defined]
+    assert call(*words)[0] == 0
+    assert [(found or {}).get("process") for found in holders] == [os.getpid()] * 2
+    assert not (folder / "run.lock").exists()
+
+
+def test_a_trial_that_someone_else_ended(runs, call: Call, tmp_path: Path) -> None:
+    from optuna.trial import TrialState
+
+    train = sys.modules["nanochat.run"].train
+
+    def ended(given: Any, place: Path) -> dict[str, float]:
+        if place.name == "0":
+            open_study(place.parent, 0).tell(0, state=TrialState.FAIL)
+        return train(given, place)
+
+    sys.modules["nanochat.run"].train = ended  # type: ignore[attr-defined]
+    code, out, err = call(*SEARCH, "seed=range(0,10)", "hydra.sweeper.n_trials=2")
+    assert (code, err) == (0, "")
+    assert "The best of 1 trials is job 1" in out
+
+
+@pytest.mark.parametrize("damage", ["text", "folder"])
+def test_a_study_that_cannot_be_used(runs, call: Call, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "swept" / "study.db"
+    path.parent.mkdir()
+    path.mkdir() if damage == "folder" else path.write_text("no database, but long enough to be looked at " * 99)
+    code, _, err = call(*SEARCH, "seed=1,2")
+    said = "unable to open database file" if damage == "folder" else "file is not a database"
+    assert (code, err) == (2, f"error: {path} cannot be used as a search's study: {said}.\n")
+    assert runs == []
+
+
+def test_a_search_shows_what_it_varies(runs, call: Call, tmp_path: Path) -> None:
+    code, out, err = call(*SEARCH, "seed=1,2", "~callbacks.sampler", "task_name='a b'", "hydra.sweeper.n_trials=1")
+    assert (code, err) == (0, "")
+    assert "Launching" not in out
+    assert f"Job 0: seed={runs[0].seed}\n" in out
+    with open(tmp_path / "swept" / "sweep.csv", newline="") as file:
+        [row] = csv.DictReader(file)
+    assert row["overrides"] == f"~callbacks.sampler task_name='a b' seed={runs[0].seed}"
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ training is trained to its end in its folder.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from nanochat import run_lock
 from nanochat.compat import job_error
 from nanochat.errors import UserError
 
@@ -56,7 +59,9 @@ class Search(Sweeper):
         """Train until there are `n_trials` trials.
 
         Raises:
-            UserError: an option is wrong, Optuna is missing, nothing is left open, or the first trial cannot be run.
+            InUseError: another process searches in this folder.
+            UserError: an option is wrong, Optuna is missing, nothing is left open, the folder or its study cannot be
+                used, or the first trial cannot be run.
         """
         for name, value in (("n_trials", self.n_trials), ("batch", self.batch)):
             if not isinstance(value, int) or value < 1:
@@ -65,18 +70,22 @@ class Search(Sweeper):
         assert self.config is not None
         assert self.launcher is not None
         folder = Path(self.config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        study = open_study(folder, self.seed)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
-        for trials in iter(lambda: self._next(study, space), []):
-            jobs = [[*fixed, *(f"{key}={trial.params[key]}" for key in space)] for trial in trials]
-            for trial, job in zip(trials, self.launcher.launch(jobs, initial_job_idx=trials[0].number), strict=True):
-                _tell(study, trial.number, job)
-        finished = [trial for trial in study.trials if trial.value is not None]
-        if finished:
-            best = study.best_trial
-            words = " ".join(f"{key}={value}" for key, value in best.params.items())
-            log.info("The best of %d trials is job %d: %s", len(finished), best.number, words)
+        with run_lock.hold(folder):
+            study = open_study(folder, self.seed)
+            OmegaConf.save(self.config, folder / "multirun.yaml")
+            for trials in iter(lambda: self._next(study, space), []):
+                jobs = [[*fixed, *_overrides(trial, space)] for trial in trials]
+                for trial in trials:
+                    log.info("Job %d: %s", trial.number, " ".join(_overrides(trial, space)))
+                with _without_lists_of_jobs(self.launcher):
+                    returned = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
+                for trial, job in zip(trials, returned, strict=True):
+                    _tell(study, trial.number, job)
+            finished = [trial for trial in study.trials if trial.value is not None]
+            if finished:
+                best = study.best_trial
+                words = " ".join(_overrides(best, best.params))
+                log.info("The best of %d trials is job %d: %s", len(finished), best.number, words)
 
     def _next(self, study: Study, space: dict[str, BaseDistribution]) -> list[FrozenTrial]:
         """Trials with numbers in a row: one that an earlier start left, or new ones."""
@@ -92,17 +101,47 @@ class Search(Sweeper):
 
 
 def open_study(folder: Path, seed: int) -> Study:
-    """The study of a sweep's folder, which is made if it is missing; raises `UserError` without Optuna."""
+    """The study of a sweep's folder, which is made if it is missing.
+
+    Raises:
+        UserError: Optuna is missing, or the study's file is damaged or cannot be written.
+    """
     try:
         import optuna
+        from sqlalchemy.exc import SQLAlchemyError  # a dependency of Optuna's
     except ImportError as error:
         raise UserError("hydra/sweeper=optuna needs Optuna: pip install 'nanochat[optuna]'.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = f"sqlite:///{(folder / 'study.db').absolute()}"
-    study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True, direction="minimize")
+    path = (folder / "study.db").absolute()
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{path}", study_name=STUDY, load_if_exists=True, direction="minimize"
+        )
+        count = len(study.trials)
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:  # the last: another schema
+        cause = error.__cause__ or error
+        text = str(getattr(cause, "orig", cause)).partition("\n")[0].rstrip(".")
+        raise UserError(f"{path} cannot be used as a search's study: {text}.") from error
     # a search that goes on draws other numbers than at its start
-    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
+    study.sampler = optuna.samplers.TPESampler(seed=seed + count)
     return study
+
+
+@contextlib.contextmanager
+def _without_lists_of_jobs(launcher: Launcher) -> Iterator[None]:
+    """Keep a launcher from listing every override of its jobs, which it would do for each trial."""
+    logger = logging.getLogger(type(launcher).__module__.rpartition(".")[0])  # its package
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _overrides(trial: FrozenTrial, keys: Iterable[str]) -> list[str]:
+    """A trial's values as overrides."""
+    return [f"{key}={trial.params[key]}" for key in keys]
 
 
 def search_space(arguments: Sequence[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
@@ -113,11 +152,11 @@ def search_space(arguments: Sequence[str]) -> tuple[list[str], dict[str, BaseDis
     """
     fixed, space = [], {}
     for override in OverridesParser.create().parse_overrides(list(arguments)):
-        key = override.get_key_element()
         if override.is_sweep_override():
-            space[key] = _distribution(override)
+            space[override.get_key_element()] = _distribution(override)
         else:
-            fixed.append(f"{key}={override.get_value_element_as_str()}")
+            assert override.input_line is not None
+            fixed.append(override.input_line)
     if not space:
         raise UserError(
             "hydra/sweeper=optuna searches over what is left open, such as optim=muon,adamw or "
@@ -152,6 +191,8 @@ def _tell(study: Study, number: int, job: JobReturn) -> None:
     """Note how a trial ended; a user's mistake ends a search in which nothing has worked yet."""
     from optuna.trial import TrialState
 
+    if study.get_trials()[number].state is not TrialState.RUNNING:
+        return  # ended by someone else meanwhile
     failed = job.status is JobStatus.FAILED
     value = None if failed else job.return_value
     if value is not None and math.isfinite(value):
