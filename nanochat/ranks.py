@@ -19,12 +19,12 @@ TIMEOUT = datetime.timedelta(minutes=30)
 """of a collective: others wait while rank 0 saves or writes samples"""
 
 
-def join(cuda_device: int | None = None, store: Store | None = None) -> None:
+def join(store: Store, cuda_device: int | None = None) -> None:
     """Enter the process group that the environment describes.
 
     Args:
+        store: through which the ranks find each other.
         cuda_device: index of this rank's GPU; None computes on the CPU.
-        store: through which the ranks find each other; by default that of `MASTER_ADDR`.
     """
     if dist.is_initialized():
         return

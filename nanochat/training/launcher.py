@@ -13,7 +13,6 @@ import logging
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import FileStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from nanochat import ranks
 from nanochat.errors import UserError, print_error
@@ -35,9 +34,11 @@ from nanochat.training.failures import is_lost
 
 log = logging.getLogger(__name__)
 
-JOB, RESULT, ERROR, LEFT = "job.pickle", "result.json", "error-{}.json", "left"
+JOB, RESULT, ERROR, LEFT, STORE = "job.pickle", "result.json", "error-{}.json", "left", "store"
 LIFE = "NANOCHAT_LIFE"
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SAVED = {128 + signal.SIGINT, 128 + signal.SIGTERM, TRY_LATER}
+"""exit codes of a rank that a signal ended once the run was saved; the last one also of a rank that lost the others"""
 POLL = 0.1  # seconds between two looks at the ranks
 GRACE = 10.0  # seconds in which the ranks that are left may say what is wrong with them
 
@@ -83,7 +84,7 @@ def run_ranks(job: Job, count: int) -> dict[str, float]:
         RankDiedError: a rank was killed, or lost the others.
         RankFailedError: a rank raised an exception.
         UserError: what a rank raised, with its exit code.
-        SystemExit: 130 or 143, when a signal ended the run after it was saved.
+        SystemExit: 130, 143 or 75, when a signal ended the run after it was saved.
     """
     with tempfile.TemporaryDirectory(prefix="nanochat-") as name:
         place = Path(name)
@@ -98,13 +99,10 @@ def run_ranks(job: Job, count: int) -> dict[str, float]:
 def _started(place: Path, count: int) -> Iterator[tuple[list[subprocess.Popen], list[int]]]:
     """The ranks as processes, which do not outlive the block, and the signals of this one that they were passed."""
     read, write = os.pipe()  # its writing end closes with this process, however that ends
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
     path = os.pathsep.join(dict.fromkeys(entry or os.getcwd() for entry in sys.path))
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), LIFE: str(read),
-              "OMP_NUM_THREADS": threads, "PYTHONPATH": path, "GROUP_RANK": "0"}  # fmt: skip
+    shared = {"WORLD_SIZE": str(count), LIFE: str(read), "OMP_NUM_THREADS": threads, "PYTHONPATH": path,
+              "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # fmt: skip
     processes: list[subprocess.Popen] = []
     received: list[int] = []
     before: dict[int, Any] = {}
@@ -154,10 +152,10 @@ def _raise_for(codes: dict[int, int], place: Path, received: list[int]) -> None:
     failures = {number: code for number, code in codes.items() if code}
     if not failures:
         return
-    # a rank that was killed, then one with an error of its own, then those that lost it
-    number = min(failures, key=lambda rank: (failures[rank] == TRY_LATER, failures[rank] >= 0))
+    # a rank that was killed, then one with an error of its own, then those that a signal ended or that lost it
+    number = min(failures, key=lambda rank: (failures[rank] == TRY_LATER, failures[rank] in SAVED, failures[rank] >= 0))
     code, count = failures[number], len(codes)
-    if (place / LEFT).exists() and code > 0:
+    if (place / LEFT).exists() and code in SAVED:
         raise SystemExit(code)
     again = "the others were stopped. Start the run again with ckpt_path=auto: it goes on from its last checkpoint."
     if -code in received:  # before there was anything to save, or for the second time
@@ -198,13 +196,20 @@ def follow() -> Job:
     return job
 
 
-def enter(plain: dict[str, Any], store: Store | None = None) -> None:
-    """Enter the process group of a job's ranks, on this rank's device."""
+def enter(plain: dict[str, Any], store: Store) -> None:
+    """Enter the process group of a job's ranks, on this rank's device; they find each other through `store`."""
     device = None
     if plain["trainer"]["accelerator"] in ("cuda", "gpu"):
         local, devices = int(os.environ["LOCAL_RANK"]), plain["trainer"]["devices"]
         device = devices[local] if isinstance(devices, list) else local
-    ranks.join(device, PrefixStore("group", store) if store is not None else None)
+    ranks.join(PrefixStore("group", store), device)
+
+
+def store_at(place: Path) -> Store:
+    """Through which our own ranks find each other: a file, as a free port may be taken before they listen on it."""
+    store = FileStore(str(place / STORE), int(os.environ["WORLD_SIZE"]))
+    store.set_timeout(ranks.TIMEOUT)
+    return store
 
 
 # ---- a rank's own ---------------------------------------------------------------------------------------------------

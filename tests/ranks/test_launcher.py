@@ -15,6 +15,7 @@ import pytest
 from nanochat.config.check import check
 from nanochat.config.schema import CONF
 from nanochat.errors import ConfigError, UserError
+from nanochat.ranks import TIMEOUT
 from nanochat.training import launcher
 from nanochat.training.launcher import RankDiedError, RankFailedError
 from tests.ranks.pools import Pool, Train, close, job_of, train_on
@@ -59,6 +60,21 @@ def test_the_cause_is_told_and_not_its_consequences(tmp_path: Path, monkeypatch:
         ended(tmp_path, "raise SystemExit(143)", "raise SystemExit(143)")
     assert end.value.code == 143
     ended(tmp_path, "", "")
+    for codes in ({0: 2, 1: 143}, {1: 143, 0: 2}, {1: 75, 0: 2}):  # a signal came while a rank failed
+        with pytest.raises(UserError, match=r"^the disk is full\.$") as refused:
+            launcher._raise_for(codes, tmp_path, [])
+        assert refused.value.exit_code == 2
+    with pytest.raises(RankFailedError, match="rank 1 of 2 failed"):
+        launcher._raise_for({0: 143, 1: 1}, tmp_path, [])
+
+
+def test_our_own_ranks_meet_in_a_file_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    one, other = launcher.store_at(tmp_path), launcher.store_at(tmp_path)
+    one.set("word", "here")
+    assert other.get("word") == b"here"
+    assert other.timeout == TIMEOUT  # type: ignore[attr-defined]
+    assert (tmp_path / launcher.STORE).is_file()
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

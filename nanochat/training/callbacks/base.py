@@ -37,6 +37,6 @@ def validation_due(trainer: Trainer) -> bool:
     return trainer.global_step * trainer.accumulate_grad_batches % interval == 0
 
 
-def agreed(trainer: Trainer, value: Any) -> Any:
-    """What rank zero says: clocks differ, and ranks that stop or save at different steps would wait for one another."""
+def first(trainer: Trainer, value: Any) -> Any:
+    """Rank 0's value: clocks differ, and ranks that stop or save at different steps would wait for one another."""
     return trainer.strategy.broadcast(value) if trainer.world_size > 1 else value

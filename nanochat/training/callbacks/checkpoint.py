@@ -17,7 +17,7 @@ from lightning import LightningModule, Trainer
 from nanochat.errors import UserError
 from nanochat.files import replacing
 from nanochat.run_folder import STEP_FILE, point_latest, step_checkpoints
-from nanochat.training.callbacks.base import StepCallback, agreed, validation_due
+from nanochat.training.callbacks.base import StepCallback, first, validation_due
 from nanochat.training.callbacks.guard import NonFiniteGuard
 from nanochat.training.checkpoint_io import Writer
 from nanochat.training.failures import is_lost
@@ -131,7 +131,7 @@ class Checkpoint(StepCallback):
     def _minutes_are_over(self, trainer: Trainer) -> bool:
         if self.every_n_minutes is None:
             return False
-        return agreed(trainer, time.monotonic() - self._saved_at >= 60.0 * self.every_n_minutes)
+        return first(trainer, time.monotonic() - self._saved_at >= 60.0 * self.every_n_minutes)
 
     def save(self, trainer: Trainer, name: str | None = None) -> None:
         """Save now, unless this step is saved already or is not finished.

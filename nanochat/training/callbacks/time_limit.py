@@ -15,7 +15,7 @@ from lightning import LightningModule, Trainer
 from nanochat.console import duration
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
-from nanochat.training.callbacks.base import StepCallback, agreed, validation_due
+from nanochat.training.callbacks.base import StepCallback, first, validation_due
 from nanochat.training.callbacks.checkpoint import Checkpoint
 
 REMEMBERED = 8
@@ -93,13 +93,13 @@ class TimeLimit(StepCallback):
         self._step, self._mark, self._break = step, now, None
         if self.horizon != "time":
             return
-        known = agreed(trainer, self._journal.recorded(step, self.seconds) if self._journal else None)
+        known = first(trainer, self._journal.recorded(step, self.seconds) if self._journal else None)
         if known is not None:
             self._before, self.progress = known
             self._start = now
         else:
             elapsed = self.elapsed()
-            self.progress = agreed(trainer, self._progress(trainer, elapsed))
+            self.progress = first(trainer, self._progress(trainer, elapsed))
             if self._journal is not None:
                 self._journal.write(step, elapsed, self.progress, self.seconds)
         pl_module.max_steps = self._estimated_steps(trainer)  # type: ignore[assignment]
@@ -139,7 +139,7 @@ class TimeLimit(StepCallback):
     def _fits(self, trainer: Trainer) -> bool:
         """Whether one more step, and what belongs after the last one, ends within the time."""
         present = self._validation_seconds(trainer) if validation_due(trainer) and self._break != "validation" else 0.0
-        return agreed(trainer, present + max(self._steps) + self._reserve(trainer) <= self.left())
+        return first(trainer, present + max(self._steps) + self._reserve(trainer) <= self.left())
 
     def _reserve(self, trainer: Trainer) -> float:
         """Seconds that the last validation and save will take, as those before did."""
@@ -154,8 +154,8 @@ class TimeLimit(StepCallback):
         batches = trainer.num_val_batches
         total = sum(batches) if isinstance(batches, list) else batches
         micro_batch = max(self._steps, default=0.0) / trainer.accumulate_grad_batches
-        first = min(FIRST_SECONDS, FIRST_SHARE * self.seconds)
-        return first + (VALIDATION_SHARE * micro_batch * total if math.isfinite(total) else 0.0)
+        besides = min(FIRST_SECONDS, FIRST_SHARE * self.seconds)
+        return besides + (VALIDATION_SHARE * micro_batch * total if math.isfinite(total) else 0.0)
 
     def _progress(self, trainer: Trainer, elapsed: float) -> float:
         """The share of the run that has passed; it never goes back."""
