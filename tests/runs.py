@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ TINY = [
     "model.seq_len=32", "model.vocab_size=auto", "data=text", "tokenizer=byte", "data.batch_size=2",
     "data.val_batch_size=2", "data.val_tokens=200", "trainer=cpu", "trainer.precision=32-true", "compile=false",
 ]  # fmt: skip
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs this small are fastest on one thread, and threads that wait for each other are slow on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def write_text(folder: Path, documents: int = 60) -> Path:

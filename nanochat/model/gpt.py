@@ -43,7 +43,7 @@ class Block(Checkpointed):
     ) -> Tensor:
         """x: (B, T, d), or the residual streams (n, B, T, d); kept: tokens on which the backward runs (None: all)."""
         beside = [] if lane is None else [part for part in lane if part is not None]
-        square = [part for part in (square_of(lane),) if part is not None]
+        square = beside[1:]  # what the norms count of the lane
 
         def attention(u: Tensor) -> Tensor:
             if kept is None:

@@ -1,16 +1,15 @@
-"""Runs this small are fastest on one thread, and threads that wait for each other are slow on a busy machine."""
+"""All tests of this folder compute on one thread."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+from tests import runs
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with runs.one_thread():
+        yield

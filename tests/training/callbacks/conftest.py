@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from nanochat.run import train
-from tests.runs import configure
+from tests.runs import configure, one_thread
 from tests.training.callbacks.short_runs import RUN
 
 
@@ -20,9 +19,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def whole(place: Path) -> tuple[Path, dict[str, float]]:
     """The run's folder, and its metrics."""
-    folder, threads = place / "outputs" / "today" / "whole", torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    folder = place / "outputs" / "today" / "whole"
+    with one_thread():
         return folder, train(configure(place, RUN), folder)
-    finally:
-        torch.set_num_threads(threads)
