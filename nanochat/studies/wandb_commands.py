@@ -18,7 +18,6 @@ from nanochat.console import Parser, count
 from nanochat.errors import UserError, did_you_mean
 from nanochat.files import atomic_write, shown
 from nanochat.reports import wandb_account, workspace
-from nanochat.reports.wandb_logger import log_files
 from nanochat.studies.dashboard import dashboard
 from nanochat.studies.evidence import read_runs
 from nanochat.studies.wandb_sweep import METHODS, sweep
@@ -91,6 +90,8 @@ def dashboard_main(argv: Sequence[str]) -> int:
 
 def log_main(argv: Sequence[str]) -> int:
     """Log files as artifacts of the W&B project that a run belongs to."""
+    from nanochat.reports.wandb_logger import log_files  # imports torch and Lightning
+
     options = Parser("wandb log", log_files.__doc__, as_json=False)
     options.formatter_class = argparse.RawDescriptionHelpFormatter
     options.add_argument("run", type=Path, help="the run folder")

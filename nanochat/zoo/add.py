@@ -14,7 +14,7 @@ from nanochat.export.verify import verify
 from nanochat.files import replacing
 from nanochat.run_folder import read_chat_template
 from nanochat.zoo.card import render
-from nanochat.zoo.manifest import CARD, MANIFEST, Manifest, check_name, digest_of
+from nanochat.zoo.manifest import CARD, MANIFEST, Manifest, check_name, check_replace, digest_of
 
 REPORT = "report.html"
 
@@ -49,10 +49,7 @@ def add_model(
     name = described.name
     check_name(name)
     target = place / name
-    if target.exists() and not force:
-        raise UserError(f"{target} exists; use --force to replace it, or another --name.")
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise UserError(f"{target} is not a model of a zoo, so --force does not replace it.")
+    check_replace(target, target.exists(), (target / MANIFEST).is_file(), force, ", or another --name")
     if report is not None and not report.is_file():
         raise UserError(f"--report {report}: there is no such file.")
     kind = default_type(run.config) if kind == "auto" else kind

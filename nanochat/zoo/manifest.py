@@ -27,6 +27,18 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names of devices on Windows
 
 
+def check_replace(where: object, exists: bool, is_model: bool, force: bool, hint: str = "") -> None:
+    """Raise `UserError` unless a model may be written to a place: nothing is there, or a model that gives way.
+
+    Args:
+        where: the place, as the user knows it. is_model: it holds a manifest. hint: another way out.
+    """
+    if exists and not force:
+        raise UserError(f"{where} exists; use --force to replace it{hint}.")
+    if exists and not is_model:
+        raise UserError(f"{where} is not a model of a zoo, so --force does not replace it.")
+
+
 @dataclass(frozen=True)
 class Metric:
     """A figure and its 95% interval, where it has one."""

@@ -19,7 +19,7 @@ from nanochat.errors import UserError
 from nanochat.export.gguf_reader import GGUFFile
 from nanochat.files import replacing
 from nanochat.zoo import store
-from nanochat.zoo.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, check_name, decode
+from nanochat.zoo.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, check_replace, decode
 
 HUB = "hf:"
 INDEX = "zoo.json"
@@ -174,10 +174,7 @@ def get_model(
         raise UserError(f"{place.label}/{MANIFEST} has SHA-256 {digest}, not the one named by --sha256.")
     manifest = decode(content, f"{place.label}/{MANIFEST}")
     target = into / manifest.name
-    if target.exists() and not force:
-        raise UserError(f"{target} exists; use --force to replace it.")
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise UserError(f"{target} is not a model of a zoo, so --force does not replace it.")
+    check_replace(target, target.exists(), (target / MANIFEST).is_file(), force)
     if manifest.size > largest:
         raise UserError(f"{place.label} has {manifest.size:,} bytes, more than {largest:,}; --max-size allows more.")
     try:
@@ -231,12 +228,10 @@ def push_model(name: str, target: str, *, private: bool = False, force: bool = F
     if target.startswith(HUB):
         return _push_to_hub(folder, manifest, target, names, private, force), digest
     place = Folder(target)
-    check_name(name)
     there = f"{place.root}/{name}"
     with readable(place.label, "written"):
         known = place.system.exists(there)
-        if known and not force:
-            raise UserError(f"{place.label}/{name} exists; use --force to replace it.")
+        check_replace(f"{place.label}/{name}", known, place.system.exists(f"{there}/{MANIFEST}"), force)
         if place.local is not None:
             place.local.mkdir(parents=True, exist_ok=True)
             with replacing(place.local / name) as aside:

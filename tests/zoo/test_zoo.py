@@ -9,6 +9,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from nanochat.cli import main
@@ -95,6 +96,20 @@ def test_push_and_get_by_url(added, zoo):
     assert main(["zoo", "push", "small", "memory://bucket/zoo"]) == 0
     assert main(["zoo", "get", "memory://bucket/zoo/small", "--out", "copy"]) == 0
     assert (Path("copy") / "small" / "small.gguf").read_bytes() == (added / "small.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("place", ["shared", "memory://precious"])
+def test_a_forced_push_replaces_models_alone(place, added, zoo, capsys):
+    """A folder of somebody's own stays as it is, whatever --force says."""
+    shutil.copytree(added, zoo / "small")
+    system, root = fsspec.core.url_to_fs(place)
+    system.makedirs(f"{root}/small")
+    system.pipe_file(f"{root}/small/notes.txt", b"mine")
+    assert main(["zoo", "push", "small", place, "--force"]) == 2
+    error = capsys.readouterr().err
+    assert "is not a model of a zoo" in error
+    assert error.count("\n") == 1
+    assert system.cat_file(f"{root}/small/notes.txt") == b"mine"
 
 
 def test_a_failed_upload_leaves_nothing(added, zoo, monkeypatch):
