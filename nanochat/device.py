@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,6 +36,15 @@ def find_device(name: str = "auto") -> torch.device:
     if name in ("auto", "gpu"):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return torch.device(name)
+
+
+def available_memory() -> int | None:
+    """Bytes of the machine's memory that programs could still take; None where the system does not say (Linux does)."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

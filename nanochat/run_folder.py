@@ -90,18 +90,28 @@ def whole_rows(text: str) -> list[dict[str, str]]:
     return [row for row in rows if None not in row and None not in row.values() and row.get("step", "").isdecimal()]
 
 
+def last_rows(path: Path, size: int) -> tuple[list[dict[str, str]], bool]:
+    """The whole rows in the last `size` bytes of a metrics.csv, and whether these are all rows of the file.
+
+    Raises:
+        OSError, csv.Error: it cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.readline(size)
+        start = max(len(head), os.fstat(file.fileno()).st_size - size)
+        file.seek(start)
+        if start > len(head):
+            file.readline()  # the rest of a row
+        return whole_rows((head + file.read()).decode(errors="replace")), start == len(head)
+
+
 def read_last_row(path: Path) -> dict[str, str]:
     """The last whole row of a metrics.csv, without reading all of it; `{}` where there is none."""
     try:
-        with path.open("rb") as file:
-            head = file.readline()
-            file.seek(max(file.tell(), path.stat().st_size - LAST_BYTES))
-            lines = file.read().rpartition(b"\n")[0].splitlines()
-    except OSError:
+        rows, _ = last_rows(path, LAST_BYTES)
+    except (OSError, csv.Error):
         return {}
-    names = next(csv.reader([head.decode(errors="replace")]), [])
-    values = next(csv.reader([lines[-1].decode(errors="replace")]), []) if lines else []
-    return dict(zip(names, values, strict=True)) if len(names) == len(values) else {}
+    return rows[-1] if rows else {}
 
 
 def step_checkpoints(folder: Path) -> dict[int, Path]:

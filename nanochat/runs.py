@@ -19,7 +19,7 @@ from nanochat.console import Parser, clock_time, seconds
 from nanochat.errors import UserError
 from nanochat.files import shown
 from nanochat.reports.table import Table
-from nanochat.run_folder import HEARTBEAT, read_summary, whole_rows
+from nanochat.run_folder import HEARTBEAT, last_rows, read_summary, whole_rows
 
 TAIL = 1 << 18
 """bytes at the end of a metrics.csv that are read for its latest numbers"""
@@ -117,17 +117,10 @@ def _planned_steps(folder: Path) -> int | None:
 def _latest_rows(path: Path) -> list[dict[str, str]]:
     """The last rows of a metrics.csv; all of them where the last ones have no validation."""
     try:
-        with path.open("rb") as file:
-            head = file.readline(TAIL)
-            start = max(len(head), os.fstat(file.fileno()).st_size - TAIL)
-            file.seek(start)
-            if start > len(head):
-                file.readline()  # the rest of a row
-            rows = whole_rows((head + file.read()).decode(errors="replace"))
-            if start == len(head) or _numbers(rows, "val/bpb"):
-                return rows
-            file.seek(0)
-            return whole_rows(file.read().decode(errors="replace"))
+        rows, whole = last_rows(path, TAIL)
+        if whole or _numbers(rows, "val/bpb"):
+            return rows
+        return whole_rows(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, csv.Error):
         return []
 

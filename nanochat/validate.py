@@ -21,7 +21,7 @@ from nanochat.console import Parser
 from nanochat.errors import UserError
 from nanochat.files import quoted
 from nanochat.reports.table import Table
-from nanochat.run_folder import read_metrics, read_summary, step_checkpoints
+from nanochat.run_folder import read_last_row, read_metrics, read_summary, step_checkpoints
 
 RECIPE = "experiment=validate-e2e"
 EVERY = 10
@@ -75,7 +75,7 @@ class Validation:
 
     def train_and_kill(self) -> str:
         """Train until a random step, and end the process with SIGKILL."""
-        first = max(step_checkpoints(self.run / "checkpoints"), default=0)
+        first = self._saved()
         end = int(compose([RECIPE, *self.overrides])["trainer"]["max_steps"])
         goal = random.randint(first + EVERY + 1, max(first + EVERY + 1, min(first + 3 * EVERY, end - 2)))
         with (self.folder / "train.txt").open("a") as log, self._start(log) as process:
@@ -141,7 +141,7 @@ class Validation:
         return {int(row["step"]): row["train/loss"] for row in rows if row["train/loss"]}
 
     def _last_step(self) -> int:
-        return max(self._losses(), default=0)
+        return int(read_last_row(self.run / "metrics.csv").get("step") or 0)
 
     def _saved(self) -> int:
         return max(step_checkpoints(self.run / "checkpoints"), default=0)

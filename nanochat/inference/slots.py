@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.device import available_memory
 from nanochat.errors import UserError
 from nanochat.model.attention import causal_attention
 from nanochat.model.config import GPTConfig
@@ -161,14 +161,9 @@ def _tried(least: int, most: int) -> list[int]:
 
 def check_memory(size: int, device: torch.device) -> None:
     """Raises `UserError` when a KV cache of `size` bytes is more than the machine has free (CPUs on Linux)."""
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.is_file():
-        return
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-            if size > free:
-                raise UserError(
-                    f"the KV cache would take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
-                    "use fewer slots (--parallel) or a shorter context (--context)."
-                )
+    free = available_memory() if device.type == "cpu" else None
+    if free is not None and size > free:
+        raise UserError(
+            f"the KV cache would take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
+            "use fewer slots (--parallel) or a shorter context (--context)."
+        )

@@ -76,8 +76,9 @@ def kept_metrics(targets: Tensor, per_token: Tensor, kept: Tensor) -> dict[str, 
     chosen = torch.zeros_like(valid).scatter_(1, kept, True) & valid
     count, total = chosen.sum(), valid.sum()
     kept_loss = (per_token * chosen).sum()
+    all_valid, all_kept, all_dropped = ranks.share(torch.stack((total, count, total - count)))
     return {
-        "collider/kept_fraction": count / ranks.share(total),
-        "collider/kept_loss": kept_loss / ranks.share(count),
-        "collider/dropped_loss": (per_token.sum() - kept_loss) / ranks.share(total - count),
+        "collider/kept_fraction": count / all_valid,
+        "collider/kept_loss": kept_loss / all_kept,
+        "collider/dropped_loss": (per_token.sum() - kept_loss) / all_dropped,
     }

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from nanochat.config.vocabulary import plan_vocabulary
-from nanochat.device import find_device
+from nanochat.device import available_memory, find_device
 from nanochat.errors import UserError
 from nanochat.training.ledger import STATES
 from nanochat.training.memory import Memory, predict
@@ -33,12 +33,8 @@ def free_bytes(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    return min([free, *_cgroup_bytes()])
+    free = available_memory()
+    return None if free is None else min([free, *_cgroup_bytes()])
 
 
 def own_free_bytes(cfg: dict[str, Any]) -> int | None:

@@ -30,13 +30,13 @@ from torch.distributed import FileStore, PrefixStore, Store, rendezvous  # type:
 from nanochat import ranks
 from nanochat.errors import UserError, print_error
 from nanochat.run_lock import TRY_LATER
+from nanochat.training.callbacks.signals import SIGNALS
 from nanochat.training.failures import is_lost
 
 log = logging.getLogger(__name__)
 
 JOB, RESULT, ERROR, LEFT, STORE = "job.pickle", "result.json", "error-{}.json", "left", "store"
 LIFE = "NANOCHAT_LIFE"
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 SAVED = {128 + signal.SIGINT, 128 + signal.SIGTERM, TRY_LATER}
 """exit codes of a rank that a signal ended once the run was saved; the last one also of a rank that lost the others"""
 POLL = 0.1  # seconds between two looks at the ranks

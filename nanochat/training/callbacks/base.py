@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+
+from nanochat.errors import UserError
 
 
 class StepCallback(Callback):
@@ -37,6 +40,6 @@ def validation_due(trainer: Trainer) -> bool:
     return trainer.global_step * trainer.accumulate_grad_batches % interval == 0
 
 
-def first(trainer: Trainer, value: Any) -> Any:
-    """Rank 0's value: clocks differ, and ranks that stop or save at different steps would wait for one another."""
-    return trainer.strategy.broadcast(value) if trainer.world_size > 1 else value
+def unwritable(path: Path, error: OSError) -> UserError:
+    """What to tell the user of a file of the run that cannot be written."""
+    return UserError(f"{path} cannot be written: {error.strerror or error}; free some space or make it writable.")

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 
+from nanochat import ranks
 from nanochat.errors import UserError
 from nanochat.files import replacing
 from nanochat.run_folder import STEP_FILE, point_latest, step_checkpoints
-from nanochat.training.callbacks.base import StepCallback, first, validation_due
+from nanochat.training.callbacks.base import StepCallback, validation_due
 from nanochat.training.callbacks.guard import NonFiniteGuard
 from nanochat.training.checkpoint_io import Writer
 from nanochat.training.failures import is_lost
@@ -108,7 +109,7 @@ class Checkpoint(StepCallback):
         if step >= trainer.max_steps >= 0 or trainer.should_stop or (self._due and not dropping):
             self.save(trainer)
             self._due = False
-        elif not dropping and self._minutes_are_over(trainer):
+        elif not dropping and self._minutes_are_over():
             self.save(trainer, "last.ckpt")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,10 +129,11 @@ class Checkpoint(StepCallback):
     def _folder(trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / "checkpoints"
 
-    def _minutes_are_over(self, trainer: Trainer) -> bool:
+    def _minutes_are_over(self) -> bool:
         if self.every_n_minutes is None:
             return False
-        return first(trainer, time.monotonic() - self._saved_at >= 60.0 * self.every_n_minutes)
+        # clocks differ, and ranks that save at different steps would wait for one another
+        return bool(ranks.first(time.monotonic() - self._saved_at >= 60.0 * self.every_n_minutes))
 
     def save(self, trainer: Trainer, name: str | None = None) -> None:
         """Save now, unless this step is saved already or is not finished.
@@ -207,12 +209,14 @@ class Checkpoint(StepCallback):
         return stay + 1 + (self.keep == 1 or self.every_n_minutes is not None)
 
     def _check_space(self, trainer: Trainer, files: int) -> None:
+        if not trainer.is_global_zero:
+            return
         size = checkpoint_bytes(trainer)
         try:
             free = shutil.disk_usage(self._root).free
         except OSError:
             return
-        if free < files * size and trainer.is_global_zero:
+        if free < files * size:
             log.warning(
                 "%s has %.1f GB left on its disk, and the next checkpoints need %.1f GB (%d of %.2f GB): free some "
                 "space, or lower callbacks.checkpoint.keep.",

@@ -112,13 +112,12 @@ class Collider(Callback):
             return
         shape = batch["targets"].shape
         count = kept_count(shape[1], self.sparsity)
-        source = generator(int(pl_module.cfg["seed"]), "collider", trainer.datamodule.consumed)  # type: ignore[attr-defined]
         targets = batch["targets"]
         selector: Selector
         if self.score == "random":
-            selector = TopTokens(count, scores=self._draw(source, *shape).to(targets.device))
+            selector = TopTokens(count, scores=self._draw(trainer, pl_module, *shape).to(targets.device))
         elif self.score == "gradient":
-            selector = GradientSample(count, targets, self._draw(source, shape[0]).to(targets.device))
+            selector = GradientSample(count, targets, self._draw(trainer, pl_module, shape[0]).to(targets.device))
         elif self.score == "excess":
             selector = TopTokens(count, baseline=self._reference_losses(batch))
         else:
@@ -132,8 +131,9 @@ class Collider(Callback):
         self.detach(pl_module)
 
     @staticmethod
-    def _draw(source: torch.Generator, rows: int, *more: int) -> Tensor:
+    def _draw(trainer: Trainer, module: LightningModule, rows: int, *more: int) -> Tensor:
         """(rows, *more) uniform numbers: this rank's part of what is drawn for the rows of all."""
+        source = generator(int(module.cfg["seed"]), "collider", trainer.datamodule.consumed)  # type: ignore[attr-defined]
         return torch.rand((rows * ranks.world(), *more), generator=source)[ranks.own_rows(rows)]
 
     # ---- the reference model ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from lightning import LightningModule, Trainer
 from nanochat.errors import UserError
 from nanochat.run_folder import HEARTBEAT
 from nanochat.training.callbacks.base import StepCallback
-from nanochat.training.callbacks.time_limit import find_limit
+from nanochat.training.callbacks.time_limit import find_limit, planned_steps
 
 
 class Heartbeat(StepCallback):
@@ -67,12 +67,11 @@ class Heartbeat(StepCallback):
     def _end(self, trainer: Trainer, module: LightningModule) -> dict[str, float | int | None]:
         """The run's steps, and the seconds that are left."""
         done, limit = trainer.global_step, find_limit(trainer)
-        steps: float = module.max_steps if limit is not None and limit.horizon == "time" else trainer.max_steps  # type: ignore[assignment]
-        known = math.isfinite(steps) and steps > 0
+        steps = planned_steps(trainer, module)
         ends = [] if limit is None else [limit.left()]
-        if known and done > self._first:
+        if steps is not None and done > self._first:
             ends.append((time.monotonic() - self._start) / (done - self._first) * max(0.0, steps - done))
         return {
-            "max_steps": round(steps) if known else None,
+            "max_steps": None if steps is None else round(steps),
             "seconds_left": round(min(ends), 1) if ends else None,
         }

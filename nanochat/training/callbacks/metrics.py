@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.run_folder import read_metrics
-from nanochat.training.callbacks.base import StepCallback
+from nanochat.training.callbacks.base import StepCallback, unwritable
 
 FIRST = ("step", "train/loss")
 LAST = ("skipped_steps", "val/loss", "val/bpb")
@@ -78,7 +78,7 @@ class MetricsCSV(StepCallback):
                 with path.open("ab", buffering=0) as file:
                     file.write(_line(self._columns, row))  # one call: a kill comes before it or after it
             except OSError as error:
-                raise _unwritable(path, error) from error
+                raise unwritable(path, error) from error
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
@@ -89,11 +89,7 @@ class MetricsCSV(StepCallback):
                 for row in [{name: name for name in self._columns}, *rows] if rows else []:
                     file.write(_line(self._columns, row))
         except OSError as error:
-            raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written: {error.strerror or error}; free some space or make it writable.")
+            raise unwritable(path, error) from error
 
 
 def _order(names: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from nanochat.console import clock_time
 from nanochat.training.callbacks.base import StepCallback
-from nanochat.training.callbacks.time_limit import find_limit
+from nanochat.training.callbacks.time_limit import find_limit, planned_steps
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ class ProgressBar(StepCallback):
         metrics: dict[str, float] = pl_module.step_metrics  # type: ignore[assignment]
         self._loss.add(metrics.get("train/loss", math.nan))
         numbers = self._numbers(metrics)
-        end, left = self._end(trainer, pl_module), self._left(trainer, step)
+        steps, left = planned_steps(trainer, pl_module), self._left(trainer, step)
+        end = None if steps is None else round(steps)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, total=end, numbers=numbers, left=left)
         elif time.monotonic() - self._logged >= self.every_n_seconds or step == trainer.max_steps:
@@ -110,15 +111,6 @@ class ProgressBar(StepCallback):
         if "train/mfu" in metrics:
             parts.append(f"MFU {metrics['train/mfu']:.1%}")
         return "  ".join(parts)
-
-    @staticmethod
-    def _end(trainer: Trainer, module: LightningModule) -> int | None:
-        """The run's steps, estimated where it ends with its time."""
-        limit = find_limit(trainer)
-        if limit is None or limit.horizon == "steps":
-            return trainer.max_steps if trainer.max_steps > 0 else None
-        steps = float(module.max_steps)  # type: ignore[arg-type]
-        return round(steps) if math.isfinite(steps) else None
 
     def _left(self, trainer: Trainer, step: int) -> str:
         per_step, limit = (time.monotonic() - self._start) / max(1, step - self._first), find_limit(trainer)

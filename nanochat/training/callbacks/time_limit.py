@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import deque
 from datetime import timedelta
@@ -12,10 +11,11 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
+from nanochat import ranks
 from nanochat.console import duration
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
-from nanochat.training.callbacks.base import StepCallback, first, validation_due
+from nanochat.training.callbacks.base import StepCallback, unwritable, validation_due
 from nanochat.training.callbacks.checkpoint import Checkpoint
 
 REMEMBERED = 8
@@ -93,13 +93,13 @@ class TimeLimit(StepCallback):
         self._step, self._mark, self._break = step, now, None
         if self.horizon != "time":
             return
-        known = first(trainer, self._journal.recorded(step, self.seconds) if self._journal else None)
+        known = ranks.same(self._journal.recorded(step, self.seconds) if self._journal else None)
         if known is not None:
             self._before, self.progress = known
             self._start = now
         else:
             elapsed = self.elapsed()
-            self.progress = first(trainer, self._progress(trainer, elapsed))
+            self.progress = ranks.first(self._progress(trainer, elapsed))
             if self._journal is not None:
                 self._journal.write(step, elapsed, self.progress, self.seconds)
         pl_module.max_steps = self._estimated_steps(trainer)  # type: ignore[assignment]
@@ -139,7 +139,8 @@ class TimeLimit(StepCallback):
     def _fits(self, trainer: Trainer) -> bool:
         """Whether one more step, and what belongs after the last one, ends within the time."""
         present = self._validation_seconds(trainer) if validation_due(trainer) and self._break != "validation" else 0.0
-        return first(trainer, present + max(self._steps) + self._reserve(trainer) <= self.left())
+        # clocks differ, and ranks that stop at different steps would wait for one another
+        return bool(ranks.first(present + max(self._steps) + self._reserve(trainer) <= self.left()))
 
     def _reserve(self, trainer: Trainer) -> float:
         """Seconds that the last validation and save will take, as those before did."""
@@ -195,7 +196,7 @@ class Journal:
             with atomic_write(self.path) as file:
                 file.write("".join([self.HEAD, *map(self._line, kept)]).encode())
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise unwritable(self.path, error) from error
 
     def recorded(self, step: int, seconds: float) -> tuple[float, float] | None:
         """Time and progress at the start of a step, None of one that was never begun or had another time limit."""
@@ -208,7 +209,7 @@ class Journal:
             with self.path.open("ab", buffering=0) as file:
                 file.write(self._line((step, elapsed, progress, seconds)).encode())  # one call: whole or not at all
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise unwritable(self.path, error) from error
 
     def _read(self) -> list[tuple[int, float, float, float]]:
         """The whole rows; damaged lines, such as a last one that was cut off, are left out."""
@@ -217,8 +218,9 @@ class Journal:
         except FileNotFoundError:
             return []
         except OSError as error:
-            reason = error.strerror or os.strerror(error.errno or 0)
-            raise UserError(f"{self.path} cannot be read: {reason}; make it readable, or remove it.") from error
+            raise UserError(
+                f"{self.path} cannot be read: {error.strerror or error}; make it readable, or remove it."
+            ) from error
         rows = []
         for line in text[: text.rfind("\n") + 1].splitlines()[1:]:
             try:
@@ -235,11 +237,14 @@ class Journal:
     def _line(row: tuple[int, float, float, float]) -> str:
         return ",".join(map(repr, row)) + "\n"
 
-    def _unwritable(self, error: OSError) -> UserError:
-        reason = error.strerror or os.strerror(error.errno or 0)
-        return UserError(f"{self.path} cannot be written: {reason}; free some space or make it writable.")
-
 
 def find_limit(trainer: Trainer) -> TimeLimit | None:
     """The run's time limit, if it has one."""
     return next((c for c in getattr(trainer, "callbacks", ()) if isinstance(c, TimeLimit)), None)
+
+
+def planned_steps(trainer: Trainer, module: LightningModule) -> float | None:
+    """The run's steps, an estimate where it ends with its time; None where they are not known."""
+    limit = find_limit(trainer)
+    steps: float = module.max_steps if limit is not None and limit.horizon == "time" else trainer.max_steps  # type: ignore[assignment]
+    return steps if math.isfinite(steps) and steps > 0 else None
