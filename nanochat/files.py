@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from nanochat.errors import UserError
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -39,6 +41,21 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for bytes that replaces `path` on leaving the block; on an exception `path` is untouched."""
     with replacing(path) as aside, aside.open("wb") as file:
         yield file
+
+
+def write_text(path: Path, text: str, option: str) -> None:
+    """Write a file that the user has named; `option` names another.
+
+    Raises:
+        UserError: it cannot be written; what was there is untouched.
+    """
+    try:
+        with atomic_write(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}; choose another with {option}."
+        ) from error
 
 
 def _take_place(aside: Path, path: Path) -> None:

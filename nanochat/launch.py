@@ -104,8 +104,7 @@ class Hooks(Callback):
                 run_lock.check_free(folder)  # a search holds its folder
                 _launch.made = [path for path in (folder, *folder.parents) if not path.exists()]
                 _launch.sweep_folder = folder
-                grid = str(HydraConfig.get().sweeper._target_).endswith("BasicSweeper")
-                jobs = sweep.planned(user_overrides()) if grid else []
+                jobs = [] if sweeper_minimises() else sweep.planned(user_overrides())
         except UserError as error:
             print_error(error)
             raise SystemExit(error.exit_code) from error

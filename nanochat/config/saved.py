@@ -90,11 +90,11 @@ class SavedConfig:
         for override in overrides:
             node, (*parents, last) = tree, key_of(override).replace("/", ".").split(".")
             for parent in parents:
-                below = node.setdefault(parent, {})
-                node = below if isinstance(below, dict) else node.__setitem__(parent, {}) or node[parent]
+                if not isinstance(node.get(parent), dict):
+                    node[parent] = {}
+                node = node[parent]
             node[last] = _parsed(override.partition("=")[2])
-        if not self.trusted:
-            self._refuse([*self._named(tree), *self._written(tree)])
+        self._refuse([*self._named(tree), *self._written(tree)])
 
     def check_types(self, saved: dict[str, Any]) -> None:
         """Compare what is named with the kinds of parts that a run is made of; this imports nanochat and Lightning.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanochat.checkpoint import Run
 from nanochat.run_folder import read_summary
+
+if TYPE_CHECKING:
+    from nanochat.checkpoint import Run
 
 
 def _summary(folder: Path) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from nanochat.export.gguf import ExportReport, check_target, default_type, expor
 from nanochat.export.gguf_tensors import OWN
 from nanochat.export.huggingface import export_huggingface
 from nanochat.export.hyper_connections import records_of, write_mhc
-from nanochat.export.open_run import RUN_HELP, open_run
+from nanochat.export.open_run import open_run
 from nanochat.export.packing import EMBEDDING_TYPES, TYPES
 from nanochat.export.read_back import import_export
 from nanochat.export.verify import verify
-from nanochat.zoo.store import located
+from nanochat.zoo.store import RUN_HELP, located
 
 _PROGRAMS = {
     "gguf": "runs in stock llama.cpp and what is built on it (Ollama, LM Studio, ...)",
@@ -131,6 +131,7 @@ def import_parser() -> Parser:
 def import_main(argv: Sequence[str]) -> int:
     """Run `nanochat import`; raises `UserError` for what the user can mend."""
     options = import_parser().parse_args(argv)
-    out = options.out or Path("outputs") / f"imported-{located(options.file).resolve().stem}"
-    print(f"{import_export(options.file, out, force=options.force)}: use it as RUN, as in nanochat generate {out}")
+    file = located(options.file)
+    out = options.out or Path("outputs") / f"imported-{file.resolve().stem}"
+    print(f"{import_export(file, out, force=options.force)}: use it as RUN, as in nanochat generate {out}")
     return 0

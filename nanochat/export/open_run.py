@@ -15,8 +15,6 @@ from nanochat.export.gguf_reader import GGUFFile
 from nanochat.export.read_back import latent_weights, read_export
 from nanochat.zoo.store import located
 
-RUN_HELP = "run folder (outputs/latest), .ckpt or .gguf file, or zoo:NAME"
-
 
 def open_run(path: str | Path, which: str | int = "last", device: str | torch.device = "cpu") -> Run:
     """A trained model from wherever it lies.

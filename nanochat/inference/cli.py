@@ -12,11 +12,12 @@ import torch
 from nanochat.console import Parser, count, count_or_zero, number
 from nanochat.device import find_device
 from nanochat.errors import UserError
-from nanochat.export.open_run import RUN_HELP, open_run
+from nanochat.export.open_run import open_run
 from nanochat.inference.engine import encode_prompt, generate_tokens, inference_copy
 from nanochat.inference.sampling import Sampling
 from nanochat.inference.speculative import Speculator, heads_of
 from nanochat.inference.stream import StopStrings, TextStream
+from nanochat.zoo.store import RUN_HELP
 
 
 def pick_device(name: str) -> torch.device:

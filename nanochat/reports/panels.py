@@ -115,8 +115,3 @@ BLOCKS: Sequence[Block] = (
         "+collider=on",
     ),
 )
-
-
-def all_panels() -> list[Panel]:
-    """Every panel, in order."""
-    return [panel for block in BLOCKS for panel in block.panels]

@@ -17,7 +17,6 @@ from rich.markup import escape
 
 from nanochat.console import Parser, count
 from nanochat.errors import UserError
-from nanochat.export.open_run import RUN_HELP
 from nanochat.files import atomic_write
 from nanochat.inference.cli import add_sampling, sampling_of, show
 from nanochat.inference.sampling import Sampling
@@ -25,6 +24,7 @@ from nanochat.inference.scheduler import Request, Scheduler, Token
 from nanochat.inference.stream import StopStrings, TextStream
 from nanochat.serve.cli import add_loading, settings_of
 from nanochat.serve.models import Model, load_model
+from nanochat.zoo.store import RUN_HELP
 
 HELP = """/system TEXT   what the model is told before the conversation (empty: nothing)
 /temp NUMBER   temperature of the next answers; 0 takes the most likely token

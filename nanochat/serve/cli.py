@@ -10,9 +10,9 @@ from pathlib import Path
 
 from nanochat.console import Parser, count, count_or_zero, one_of, seconds
 from nanochat.errors import UserError
-from nanochat.export.open_run import RUN_HELP
 from nanochat.inference.cli import pick_device
 from nanochat.serve.models import BACKENDS, Settings, load_model
+from nanochat.zoo.store import RUN_HELP
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -44,12 +44,8 @@ def verdict(group: Group) -> str:
         return f"{reference.name} reaches {mean:.4f} {unit}{spread}."
     judged: dict[str, list[str]] = {}
     for arm in group.arms[1:]:
-        gaps = group.gaps(arm)
-        if gaps:
-            mean, half = mean_interval(gaps)
-            judged.setdefault(judge(mean, half), []).append(f"{arm.name} ({in_words(mean, half)})")
-        else:
-            judged.setdefault("no common seed" if arm.good else "no result", []).append(arm.name)
+        gap = _difference(group, arm)
+        judged.setdefault(_verdict(group, arm), []).append(f"{arm.name} ({gap})" if gap else arm.name)
     parts = []
     for said, text in (("better", "better than"), ("worse", "worse than"), ("no difference shown", "")):
         if names := judged.get(said):
@@ -106,9 +102,9 @@ def cost(group: Group, sizes: dict[str, str]) -> Table:
     figures: dict[str, list[float | None]] = {
         "tokens": [arm.mean(run.number("tokens") for run in arm.good) for arm in group.arms],
         "tokens/s": [arm.mean(run.tokens_per_second for run in arm.good) for arm in group.arms],
-        "trained for": [arm.mean(_seconds(run) for run in arm.good) for arm in group.arms],
-        "optimizer MB": [_megabytes(arm, "optim/bytes") for arm in group.arms],
-        **{heading: [_megabytes(arm, key) for arm in group.arms] for key, heading in MEMORY.items()},
+        "trained for": [arm.mean(seconds(run) for run in arm.good) for arm in group.arms],
+        "optimizer MB": [megabytes(arm, "optim/bytes") for arm in group.arms],
+        **{heading: [megabytes(arm, key) for arm in group.arms] for key, heading in MEMORY.items()},
         "parameters": [arm.mean(run.number("parameters") for run in arm.good) for arm in group.arms],
     }
     columns = {"arm": [arm.name for arm in group.arms]}
@@ -153,11 +149,13 @@ def _verdict(group: Group, arm: Arm) -> str:
     return judge(*mean_interval(gaps)) if gaps else "no common seed"
 
 
-def _seconds(run: Run) -> float | None:
+def seconds(run: Run) -> float | None:
+    """How long a run has trained; None where that is not known."""
     return run.clock[-1][1] if run.clock else None
 
 
-def _megabytes(arm: Arm, key: str) -> float | None:
+def megabytes(arm: Arm, key: str) -> float | None:
+    """The mean of a number of bytes over an arm's runs, in MB."""
     mean = arm.mean(run.number(key) for run in arm.good)
     return None if mean is None else mean / 1e6
 

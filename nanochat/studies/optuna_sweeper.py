@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -100,17 +101,23 @@ class Search(Sweeper):
         return [study.trials[number] for number in numbers]
 
 
+def _optuna() -> ModuleType:
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("hydra/sweeper=optuna needs Optuna: pip install 'nanochat[optuna]'.") from error
+    return optuna
+
+
 def open_study(folder: Path, seed: int) -> Study:
     """The study of a sweep's folder, which is made if it is missing.
 
     Raises:
         UserError: Optuna is missing, or the study's file is damaged or cannot be written.
     """
-    try:
-        import optuna
-        from sqlalchemy.exc import SQLAlchemyError  # a dependency of Optuna's
-    except ImportError as error:
-        raise UserError("hydra/sweeper=optuna needs Optuna: pip install 'nanochat[optuna]'.") from error
+    optuna = _optuna()
+    from sqlalchemy.exc import SQLAlchemyError  # a dependency of Optuna's
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = (folder / "study.db").absolute()
     try:
@@ -166,22 +173,17 @@ def search_space(arguments: Sequence[str]) -> tuple[list[str], dict[str, BaseDis
 
 
 def _distribution(override: Override) -> BaseDistribution:
-    try:
-        from optuna import distributions
-    except ImportError as error:
-        raise UserError("hydra/sweeper=optuna needs Optuna: pip install 'nanochat[optuna]'.") from error
+    distributions = _optuna().distributions
     value: Any = override.value()
-    if isinstance(value, ChoiceSweep):
-        return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))
     logarithmic = "log" in (getattr(value, "tags", None) or ())
     try:
+        if isinstance(value, ChoiceSweep | RangeSweep):
+            return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))
         if isinstance(value, IntervalSweep):
             low, high = value.start, value.end
             if isinstance(low, int) and isinstance(high, int):
                 return distributions.IntDistribution(low, high, log=logarithmic)
             return distributions.FloatDistribution(float(low or 0.0), float(high or 0.0), log=logarithmic)
-        if isinstance(value, RangeSweep):
-            return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))
     except ValueError as error:
         raise UserError(f"{override.input_line}: {error}") from error
     raise UserError(f"{override.input_line}: give a choice (a,b), a range(...) or an interval(...).")

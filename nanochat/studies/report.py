@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import html
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanochat.console import Parser
 from nanochat.errors import UserError
-from nanochat.files import atomic_write, shown
+from nanochat.files import shown, write_text
 from nanochat.reports import page
 from nanochat.reports.curves import curve, smooth, thin
 from nanochat.reports.table import Table
@@ -152,9 +152,7 @@ class Report:
 
     def _costs(self, group: Group) -> list[str]:
         """Pareto plots of the metric against time and memory."""
-        times: dict[str, float | None] = {}
-        for arm in group.arms:
-            times[arm.name] = arm.mean(run.clock[-1][1] for run in arm.good if run.clock)
+        times = {arm.name: arm.mean(map(findings.seconds, arm.good)) for arm in group.arms}
         unit, factor = _time_unit([value for value in times.values() if value])
         memory = next(
             (key for key in findings.MEMORY if all(run.number(key) for arm in group.arms for run in arm.good)),
@@ -163,9 +161,8 @@ class Report:
         heading = {**findings.MEMORY, "optim/bytes": "optimizer MB"}[memory]
         axes = {
             f"{unit} of training": {name: value and value * factor for name, value in times.items()},
-            heading: {arm.name: arm.mean(run.number(memory) for run in arm.good) for arm in group.arms},
+            heading: {arm.name: findings.megabytes(arm, memory) for arm in group.arms},
         }
-        axes[heading] = {name: value and value / 1e6 for name, value in axes[heading].items()}
         figures = []
         for (label, values), title in zip(axes.items(), ("Result against time", "Result against memory"), strict=True):
             dots = []
@@ -247,7 +244,8 @@ def _line(arm: Arm, key: str, against: str, number: int) -> page.Series | None:
         curves.append(dict(points))
     steps = sorted(set.intersection(*(set(points) for points in curves)))
     steps = steps[:: -(-len(steps) // CURVE_POINTS)] + steps[-1:] if len(steps) > CURVE_POINTS else steps
-    places = {step: _place(arm.good, step, against) for step in dict.fromkeys(steps)}
+    clocks = [dict(run.clock) for run in arm.good]
+    places = {step: _place(arm.good[0], clocks, step, against) for step in dict.fromkeys(steps)}
     known = {step: x for step, x in places.items() if x is not None}
     points = [(x, sum(values[step] for values in curves) / len(curves)) for step, x in known.items()]
     band = [(x, min(v[step] for v in curves), max(v[step] for v in curves)) for step, x in known.items()]
@@ -256,11 +254,11 @@ def _line(arm: Arm, key: str, against: str, number: int) -> page.Series | None:
     return page.Series(arm.name, number, points, band if len(curves) > 1 else (), marks=len(points) <= 12)
 
 
-def _place(runs: Sequence[Run], step: int, against: str) -> float | None:
+def _place(run: Run, clocks: Sequence[Mapping[int, float]], step: int, against: str) -> float | None:
     """Where a step lies: tokens, or the seconds of training, a mean over the seeds."""
     if against == "tokens":
-        return step * runs[0].tokens_per_step or None
-    values = [dict(run.clock).get(step) for run in runs]
+        return step * run.tokens_per_step or None
+    values = [clock.get(step) for clock in clocks]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -340,16 +338,8 @@ def main(argv: list[str]) -> int:
     report.sizes = file_sizes(report.arms())
     report.show()
     target = options.html or options.folders[0] / "report.html"
-    _write(target, report.html())
+    write_text(target, report.html(), "--html")
     if options.md:
-        _write(options.md, report.markdown())
+        write_text(options.md, report.markdown(), "--md")
     print(f"\nThe page is {shown(target)}")
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        with atomic_write(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}; choose another with --html.") from error

@@ -16,7 +16,7 @@ import yaml
 
 from nanochat.console import Parser, count
 from nanochat.errors import UserError, did_you_mean
-from nanochat.files import atomic_write, shown
+from nanochat.files import shown, write_text
 from nanochat.reports import wandb_account, workspace
 from nanochat.studies.dashboard import dashboard
 from nanochat.studies.evidence import read_runs
@@ -57,7 +57,7 @@ def sweep_main(argv: Sequence[str]) -> int:
     if given.out is None:
         print(text, end="")
         return 0
-    _write(given.out, text, "--out")
+    write_text(given.out, text, "--out")
     print(f"wandb sweep {shown(given.out)}     # makes it; then on each machine: wandb agent ENTITY/PROJECT/SWEEP_ID")
     return 0
 
@@ -75,7 +75,7 @@ def dashboard_main(argv: Sequence[str]) -> int:
         if not runs:
             raise UserError("none of these runs has a row in its metrics.csv.")
         target = given.html or given.offline[0] / "dashboard.html"
-        _write(target, dashboard(runs, given.project or f"{given.offline[0].name}: the dashboard"), "--html")
+        write_text(target, dashboard(runs, given.project or f"{given.offline[0].name}: the dashboard"), "--html")
         print(f"The page is {shown(target)}")
         return 0
     if given.html:
@@ -121,13 +121,3 @@ def _online() -> None:
     url = wandb_account.server() or wandb.setup().settings.base_url
     if problem := wandb_account.problem(url, TIMEOUT):
         raise UserError(f"W&B cannot be used: {problem}; log in with `wandb login`, or say --offline.")
-
-
-def _write(path: Path, text: str, option: str) -> None:
-    try:
-        with atomic_write(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}; choose another with {option}."
-        ) from error

@@ -6,14 +6,16 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nanochat
-from nanochat.checkpoint import Run
 from nanochat.errors import UserError
 from nanochat.export.card import run_settings, size_label
 from nanochat.run_folder import read_summary
 from nanochat.zoo.manifest import Manifest, Metric
+
+if TYPE_CHECKING:
+    from nanochat.checkpoint import Run
 
 LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 CORPORA = {

@@ -14,11 +14,9 @@ from rich.table import Table
 from nanochat.console import Parser, count, one_of
 from nanochat.errors import UserError
 from nanochat.export.card import size_label
-from nanochat.export.open_run import RUN_HELP, open_run
 from nanochat.export.packing import EMBEDDING_TYPES, TYPES
 from nanochat.files import atomic_write, shown
 from nanochat.zoo import store
-from nanochat.zoo.add import add_model
 from nanochat.zoo.card import describe, parse_metric, printable, read_text, render
 from nanochat.zoo.manifest import CARD, MANIFEST, SHA256, Manifest, decode
 from nanochat.zoo.transfer import HUB, Folder, get_model, open_place, push_model, read_index, read_small
@@ -78,7 +76,7 @@ def _digest(text: str) -> str:
 
 
 def _add_described(options: argparse.ArgumentParser, name_needed: bool) -> None:
-    options.add_argument("run", help=RUN_HELP)
+    options.add_argument("run", help=store.RUN_HELP)
     options.add_argument("--checkpoint", default="last", metavar="STEP", help="last, or a step that was kept")
     options.add_argument("--name", required=name_needed, help="small letters, digits, '-', '.' and '_'")
     options.add_argument("--licence", default="MIT", help="SPDX identifier of the weights (MIT)")
@@ -158,6 +156,9 @@ def _described(options: argparse.Namespace, name: str, run) -> Manifest:
 def _add(options: argparse.Namespace) -> None:
     if options.package and options.out is not None:
         raise UserError("--package and --out exclude each other.")
+    from nanochat.export.open_run import open_run  # these import torch
+    from nanochat.zoo.add import add_model
+
     run = open_run(options.run, options.checkpoint)
     place = store.PACKAGED if options.package else options.out or store.user_folder()
     kind = options.type
@@ -190,6 +191,8 @@ def _card(options: argparse.Namespace) -> None:
         folder, _ = store.find(options.run.removeprefix(store.SCHEME))
         text = read_text(folder / CARD)
     else:
+        from nanochat.export.open_run import open_run  # imports torch
+
         run = open_run(options.run, options.checkpoint)
         name = options.name or run.folder.resolve().name
         text = render(_described(options, name, run))

@@ -10,6 +10,8 @@ from nanochat.errors import UserError, did_you_mean
 from nanochat.zoo.manifest import MANIFEST, Manifest, check_files, check_name, read_manifest
 
 SCHEME = "zoo:"
+RUN_HELP = "run folder (outputs/latest), .ckpt or .gguf file, or zoo:NAME"
+"""help of a RUN argument"""
 PACKAGED = Path(__file__).parent / "models"
 """models that come with nanochat"""
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanochat.config.rules import CHECKPOINTING
 from nanochat.model import GPT, GPTConfig
 from nanochat.model.checkpointing import MODES, set_checkpointing
 from nanochat.model.compact_backward import KeptRows
@@ -93,3 +94,8 @@ def test_no_gradients_no_recomputation():
     set_checkpointing(gpt, "block")
     with torch.no_grad():
         assert not gpt.hidden(torch.zeros(1, 4, dtype=torch.int64)).requires_grad
+
+
+def test_the_check_of_a_configuration_knows_all_modes():
+    """It has them written out, since it imports no torch."""
+    assert CHECKPOINTING == MODES

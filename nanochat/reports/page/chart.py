@@ -121,7 +121,7 @@ def pareto(dots: Iterable[Dot]) -> list[Dot]:
     return front
 
 
-def intervals(title: str, x_label: str, rows: Sequence[Interval], note: str = "") -> str:
+def intervals(title: str, x_label: str, rows: Sequence[Interval]) -> str:
     """A figure of differences beside zero, one above the other, each with its interval; empty without rows."""
     if not rows:
         return ""
@@ -148,14 +148,14 @@ def intervals(title: str, x_label: str, rows: Sequence[Interval], note: str = ""
         f'<text class="label" x="{WIDTH - 14}" y="{height - 4}" text-anchor="end">{html.escape(x_label)}</text>'
     )
     parts.append(f'<text class="label" x="14" y="{height - 4}">← better</text>')
-    unknown = "" if len(known) == len(rows) else " A point without a bar has one pair only."
-    return _wrap(title, "", height, parts, note + unknown, "chart intervals")
+    note = "" if len(known) == len(rows) else " A point without a bar has one pair only."
+    return _wrap(title, "", height, parts, note, "chart intervals")
 
 
-def shorten(name: str, longest: int = LONGEST) -> str:
+def shorten(name: str) -> str:
     """A name with its middle left out where it is too long for a picture."""
-    half = (longest - 1) // 2
-    return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"
+    half = (LONGEST - 1) // 2
+    return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
 
 
 def compact(value: float) -> str:
