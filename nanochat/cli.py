@@ -14,7 +14,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "runs": ("nanochat.runs:main", "all runs below a folder: state, step, loss, speed, time left, disk"),
     "compare": ("nanochat.studies.cli:main", "does a technique pay here? matched runs, paired seeds, one table"),
     "report": ("nanochat.studies.report:main", "one page about runs, a sweep or a comparison: verdict, table, curves"),
-    "generate": ("nanochat.inference.cli:main", "text from a trained model"),
+    "generate": ("nanochat.serve.generate:main", "text from a trained model"),
     "serve": ("nanochat.serve.cli:main", "a chat page and an OpenAI-compatible server for trained models"),
     "chat": ("nanochat.serve.chat:main", "talk to a trained model in the terminal"),
     "export": ("nanochat.export.cli:export_main", "write a trained model for other programs, such as llama.cpp"),

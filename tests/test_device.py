@@ -5,7 +5,7 @@ import torch
 
 from nanochat import device
 from nanochat.device import default_precision, find_device, has_int8_products, matmul_dtype
-from nanochat.inference.cli import pick_device
+from nanochat.inference.options import pick_device
 from nanochat.run import settle
 
 F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8

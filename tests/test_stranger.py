@@ -18,7 +18,7 @@ import yaml
 
 from nanochat import launch
 from nanochat.export.cli import export_main
-from nanochat.inference.cli import main as generate_main
+from nanochat.serve.generate import main as generate_main
 
 SAVED = Path(__file__).parent / "fixtures" / "saved_run"
 WITNESS = "witness.txt"

@@ -30,6 +30,7 @@ LONGEST = 8192  # tokens of context, where nobody asked for more
 F32 = 0  # ggml_type
 NO_FLASH_ATTENTION = 0  # llama_flash_attn_type
 ERROR, CONTINUED = 4, 5  # ggml_log_level
+NO_VOCABULARY = 0  # llama_vocab_type
 
 
 class _ModelParams(ctypes.Structure):
@@ -127,6 +128,7 @@ _SIGNATURES = {
     "llama_model_get_vocab": (c_void_p, (c_void_p,)),
     "llama_model_desc": (c_int32, (c_void_p, c_char_p, c_size_t)),
     "llama_vocab_n_tokens": (c_int32, (c_void_p,)),
+    "llama_vocab_type": (c_int32, (c_void_p,)),
     "llama_n_ctx": (c_uint32, (c_void_p,)),
     "llama_get_memory": (c_void_p, (c_void_p,)),
     "llama_memory_clear": (None, (c_void_p, c_bool)),
@@ -299,9 +301,16 @@ class LlamaModel:
         """Forget the context."""
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
 
-    def forget(self, sequence: int, length: int = 0) -> None:
-        """Forget all but the first `length` tokens of a sequence."""
-        self._library.llama_memory_seq_rm(self._library.llama_get_memory(self._context), sequence, length, -1)
+    def forget(self, sequence: int, length: int = 0) -> bool:
+        """Forget all but the first `length` tokens of a sequence.
+
+        Returns False where the model's state cannot be cut (recurrent models); all of the sequence is forgotten then.
+        """
+        library, memory = self._library, self._library.llama_get_memory(self._context)
+        if library.llama_memory_seq_rm(memory, sequence, length, -1):
+            return True
+        library.llama_memory_seq_rm(memory, sequence, 0, -1)
+        return False
 
     def decode(self, places: Sequence[tuple[int, int, int]], wanted: Iterable[int]) -> np.ndarray:
         """Append tokens to sequences.
@@ -321,6 +330,8 @@ class LlamaModel:
             if status:
                 raise UserError(f"llama.cpp's decode failed with {status}: {' '.join(self._llama.errors)}")
             rows = [library.llama_get_logits_ith(self._context, index) for index in wanted]
+            if not all(rows):
+                raise UserError("the file is not of a model that writes text: llama.cpp gives no logits.")
             return np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)) for row in rows])
         finally:
             library.llama_batch_free(batch)
@@ -354,6 +365,16 @@ class LlamaModel:
         return (
             self._library.llama_vocab_bos(self._vocab) if self._library.llama_vocab_get_add_bos(self._vocab) else None
         )
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether the file has a tokenizer; without one llama.cpp ends the process when it is to tokenize."""
+        return self._library.llama_vocab_type(self._vocab) != NO_VOCABULARY
+
+    def marker(self, name: str) -> str:
+        """The text of the token `bos` or `eos`; empty where the file has none."""
+        token = getattr(self._library, f"llama_vocab_{name}")(self._vocab)
+        return self.piece(token).decode(errors="replace") if token >= 0 else ""
 
     def ends(self, token: int) -> bool:
         """Whether a token ends an answer."""

@@ -156,7 +156,8 @@ class Scheduler:
             reuse = min(shared[slot], len(request.prompt) - 1)
             if reuse < LEAST_REUSE or len(request.prompt) > self.backend.context:
                 reuse = 0
-            self.backend.truncate(slot, reuse)
+            if not self.backend.truncate(slot, reuse):
+                reuse = 0
             request.started, request.reused = time.monotonic(), reuse
             taken.add(slot)
             self.running.append(_Running(request, slot, reuse, self.backend.context))

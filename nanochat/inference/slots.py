@@ -37,8 +37,8 @@ class Backend(Protocol):
         """Append one token to each of several slots that have `starts`; logits (B, V), float32."""
         ...
 
-    def truncate(self, slot: int, length: int) -> None:
-        """Forget all but the first `length` tokens of a slot."""
+    def truncate(self, slot: int, length: int) -> bool:
+        """Forget all but the first `length` tokens of a slot; False where only all of them can be, as they are then."""
         ...
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
@@ -116,8 +116,8 @@ class TorchBackend:
         hidden = self._hidden(fed, slots, starts, positions)[:, 0]  # (B, d)
         return self.gpt.logits(hidden)[:count, : self.vocab_size]
 
-    def truncate(self, slot: int, length: int) -> None:
-        pass  # the caller says with each pass how many tokens a slot has
+    def truncate(self, slot: int, length: int) -> bool:
+        return True  # the caller says with each pass how many tokens a slot has
 
     @torch.inference_mode()
     def embed(self, tokens: Sequence[int]) -> Tensor:

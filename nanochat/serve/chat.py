@@ -18,10 +18,10 @@ from rich.markup import escape
 from nanochat.console import Parser, count
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
-from nanochat.inference.cli import add_sampling, sampling_of, show
+from nanochat.inference.options import add_sampling, sampling_of
 from nanochat.inference.sampling import Sampling
 from nanochat.inference.scheduler import Request, Scheduler, Token
-from nanochat.inference.stream import StopStrings, TextStream
+from nanochat.inference.stream import StopStrings, TextStream, show
 from nanochat.serve.cli import add_loading, settings_of
 from nanochat.serve.models import Model, load_model
 from nanochat.zoo.store import RUN_HELP
@@ -65,12 +65,11 @@ class Conversation:
 
     def _prompt(self) -> list[int]:
         """The conversation's tokens; its oldest messages are left out when there would be no room for an answer."""
-        codec, context = self.model.codec, self.model.backend.context
+        context = self.model.backend.context
         room = context - min(self.max_tokens, context // 2)
         system = [{"role": "system", "content": self.system}] if self.system else []
         for first in range(len(self.messages)):
-            text = self.model.template.render([*system, *self.messages[first:]])
-            tokens = [*codec.begin, *codec.encode(text, special=True)]
+            tokens = self.model.conversation([*system, *self.messages[first:]])
             if len(tokens) <= room:
                 return tokens
         raise UserError(f"the message is too long: {room} tokens of the context of {context} are for messages.")

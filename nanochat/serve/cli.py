@@ -10,20 +10,27 @@ from pathlib import Path
 
 from nanochat.console import Parser, count, count_or_zero, one_of, seconds
 from nanochat.errors import UserError
-from nanochat.inference.cli import pick_device
+from nanochat.inference.options import pick_device
 from nanochat.serve.models import BACKENDS, Settings, load_model
 from nanochat.zoo.store import RUN_HELP
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def add_loading(options: argparse.ArgumentParser, slots: int | None) -> None:
-    """The options of `Settings`; slots: default of `--parallel`, None for one slot and no such option."""
+LLAMA_FIRST = "llama.cpp where it is installed and can run the model, else torch"
+
+
+def add_loading(options: argparse.ArgumentParser, slots: int | None, auto: str = LLAMA_FIRST) -> None:
+    """The options of `Settings`.
+
+    slots: default of `--parallel`, None for one slot and no such option; auto: what the command takes without
+    `--backend`.
+    """
     options.add_argument(
         "--backend",
         type=one_of(BACKENDS),
         default="auto",
-        help="torch, llama.cpp, or auto: llama.cpp where it is installed and can run the model (auto)",
+        help=f"torch, llama.cpp, or auto: {auto} (auto)",
     )
     if slots is None:
         options.set_defaults(parallel=1)
@@ -31,12 +38,20 @@ def add_loading(options: argparse.ArgumentParser, slots: int | None) -> None:
         options.add_argument("--parallel", type=count, default=slots, help=f"answers written at once ({slots})")
     options.add_argument("--context", type=count, help="tokens of each of them (the model's own)")
     options.add_argument("--checkpoint", default="last", metavar="STEP", help="of a run: last, or a step that was kept")
-    options.add_argument("--device", default="auto", help="of the torch backend: auto, cpu, cuda, mps")
+    options.add_argument("--device", default="auto", help="cpu, or cuda or mps with the torch backend (auto)")
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """The `Settings` that the options of `add_loading` describe."""
-    return Settings(options.backend, options.parallel, options.context, pick_device(options.device), options.checkpoint)
+    """The `Settings` that the options of `add_loading` describe; raises `UserError`.
+
+    A device that is asked for is one of the torch backend, so `--backend auto` means that one then.
+    """
+    device, backend = pick_device(options.device), options.backend
+    if options.device != "auto" and device.type != "cpu":
+        if backend == "llama.cpp":
+            raise UserError(f"--backend llama.cpp runs on the CPU: leave --device {options.device} out.")
+        backend = "torch"
+    return Settings(backend, options.parallel, options.context, device, options.checkpoint)
 
 
 def parser() -> Parser:

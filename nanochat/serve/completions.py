@@ -253,22 +253,18 @@ class ChatCompletion(Completion):
 
     def start(self) -> None:
         """Write the conversation down as the model's template has it, and begin; raises `ApiError`."""
-        fields, template = self.fields, self.engine.model.template
+        fields, model = self.fields, self.engine.model
         if fields.top_logprobs and not fields.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true.", "top_logprobs")
         try:
-            text = template.render([message.plain() for message in fields.messages])
-            begin = self.codec.begin
-            tokens = self.codec.encode(text, special=True)
+            tokens = model.conversation([message.plain() for message in fields.messages])
         except UserError as error:
             raise ApiError(400, str(error), "messages") from error
-        if begin and tokens[: len(begin)] != begin:
-            tokens = [*begin, *tokens]
         wanted = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
         self.prepare(
             [tokens],
             wanted,
-            [*fields.stops, *template.stops],
+            [*fields.stops, *model.template.stops],
             logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
         )
 

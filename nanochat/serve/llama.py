@@ -46,6 +46,12 @@ class LlamaBackend:
         )
         self.context = self.model.context_size
         self.vocab_size = min(vocab_limit or self.model.vocab_size, self.model.vocab_size)
+        try:  # a file that cannot write text is refused now, and not with the first request
+            self.prefill(0, 0, [0])
+        except UserError:
+            self.close()
+            raise
+        self.truncate(0, 0)
 
     def prefill(self, slot: int, start: int, tokens: Sequence[int], everything: bool = False) -> Tensor:
         places = [(token, start + index, slot) for index, token in enumerate(tokens)]
@@ -58,11 +64,13 @@ class LlamaBackend:
     def _logits(self, places: Sequence[tuple[int, int, int]], wanted: Sequence[int]) -> Tensor:
         return torch.from_numpy(self.model.decode(places, wanted))[:, : self.vocab_size]
 
-    def truncate(self, slot: int, length: int) -> None:
-        self.model.forget(slot, length)
+    def truncate(self, slot: int, length: int) -> bool:
+        return self.model.forget(slot, length)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
-        raise UserError("embeddings need the torch backend: start the server with --backend torch.")
+        raise UserError(
+            "embeddings need the torch backend (--backend torch), which runs the models that nanochat wrote."
+        )
 
     def close(self) -> None:
         self.model.close()

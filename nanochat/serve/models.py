@@ -7,8 +7,10 @@ import dataclasses
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +44,15 @@ class Model:
     note: str = ""
     """why it is not with the backend that one would expect"""
 
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The tokens of a conversation, ready for the assistant's next answer.
+
+        Raises `UserError` for messages that the template refuses, or text that is not Unicode.
+        """
+        begin, tokens = self.codec.begin, self.codec.encode(self.template.render(messages), special=True)
+        # a template may write the beginning of a text itself
+        return tokens if tokens[: len(begin)] == begin else [*begin, *tokens]
+
     @property
     def is_chat(self) -> bool:
         """Whether it came with a chat template; a base model only continues text."""
@@ -50,13 +61,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Settings:
-    """How models are loaded. `context`: tokens of each slot, None for the model's own."""
+    """How models are loaded.
+
+    `context`: tokens of each slot, None for the model's own. `own_first`: the backend `auto` takes our engine for what
+    nanochat wrote, also where llama.cpp could run it.
+    """
 
     backend: str = "auto"
     slots: int = 4
     context: int | None = None
     device: torch.device | str = "cpu"
     checkpoint: str = "last"
+    own_first: bool = False
 
 
 def load_model(path: str | Path, settings: Settings | None = None, name: str | None = None) -> Model:
@@ -85,7 +101,7 @@ def _backend_of(run: Run, settings: Settings) -> tuple[Backend, str]:
     """The backend of a run, and why it is not llama.cpp if it could have been."""
     context, note = _context(settings, run.config.seq_len), ""
     limit = run.tokenizer.vocab_size
-    if settings.backend != "torch":
+    if settings.backend == "llama.cpp" or (settings.backend == "auto" and not settings.own_first):
         try:
             llama_cpp.load()
             path = cached_gguf(run)
@@ -149,29 +165,58 @@ def _temporary_folder() -> Path:
 
 
 def _load_file(path: Path, settings: Settings, name: str) -> Model:
+    """A GGUF file, with the first backend that can run it."""
     if not path.is_file():
         raise UserError(f"there is no file {path}.")
     with GGUFFile(path) as file:
         own = file.get("general.architecture", str) == OWN
         readable = "nanochat.config" in file.metadata
         source = file.metadata.get("tokenizer.chat_template")
-    if settings.backend == "torch" or own:
-        if settings.backend == "llama.cpp":
-            raise UserError(
-                f"stock llama.cpp cannot run {path}: it was exported with --to nanochat; use --backend torch."
-            )
-        return _own_file(path, settings, name, source)
-    try:
-        llama_cpp.load()
-    except llama_cpp.LlamaCppUnavailable as error:
-        if settings.backend == "llama.cpp" or not readable:
-            raise
-        return dataclasses.replace(_own_file(path, settings, name, source), note=f"not with llama.cpp: {error}")
+    if settings.backend == "llama.cpp" and own:
+        raise UserError(f"stock llama.cpp cannot run {path}: it was exported with --to nanochat; use --backend torch.")
+    if settings.backend == "torch" and not readable:
+        raise UserError(
+            f"{path} was not written by nanochat, so llama.cpp alone can run it, on the CPU: leave --backend and "
+            "--device out."
+        )
+    if settings.checkpoint != "last":
+        raise UserError(f"--checkpoint {settings.checkpoint} names a step of a run folder, and {path} is a file.")
+    backends = [settings.backend]
+    if settings.backend == "auto":
+        possible = {"torch": readable, "llama.cpp": not own}
+        ordered = ("torch", "llama.cpp") if settings.own_first else ("llama.cpp", "torch")
+        backends = [backend for backend in ordered if possible[backend]]
+    refused: dict[str, UserError] = {}
+    for backend in backends:
+        try:
+            load = _own_file if backend == "torch" else _llama_file
+            model = load(path, settings, name, source)
+            notes = [f"not with {other}: {error}" for other, error in refused.items()]
+            return dataclasses.replace(model, note="; ".join([*notes, model.note] if model.note else notes))
+        except UserError as error:
+            refused[backend] = error
+    if not readable and isinstance(refused["llama.cpp"], llama_cpp.LlamaCppUnavailable):
+        raise UserError(f"{path} was not written by nanochat, so it needs llama.cpp: {refused['llama.cpp']}")
+    if len(refused) > 1:
+        raise UserError("; ".join(f"with {backend}: {error}" for backend, error in refused.items()))
+    raise next(iter(refused.values()))
+
+
+def _llama_file(path: Path, settings: Settings, name: str, source: object) -> Model:
+    """A GGUF file of any program, in llama.cpp."""
+    llama_cpp.load()
     backend = LlamaBackend(path, settings.slots, settings.context, torch.get_num_threads())
-    codec = LlamaCodec(backend.model)
-    names = {"bos_token": codec.decode(codec.begin), "eos_token": ""}
-    template = ChatTemplate(source, own=True, names=names) if isinstance(source, str) else ChatTemplate()
-    return Model(name, backend, codec, template, str(path))
+    if not backend.model.has_vocabulary:
+        backend.close()
+        raise UserError(f"{path} has no tokenizer, so its tokens cannot be turned into text.")
+    names = {f"{marker}_token": backend.model.marker(marker) for marker in ("bos", "eos")}
+    template, note = ChatTemplate(), ""
+    if isinstance(source, str):
+        try:
+            template = ChatTemplate(source, own=True, names=names)
+        except UserError as error:
+            note = f"conversations are written as ChatML: {error}"
+    return Model(name, backend, LlamaCodec(backend.model), template, str(path), note)
 
 
 def _own_file(path: Path, settings: Settings, name: str, source: object) -> Model:

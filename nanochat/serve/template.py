@@ -6,12 +6,17 @@ its own in `chat_template.jinja`; without one it is ChatML in plain text.
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanochat.errors import UserError
@@ -28,6 +33,16 @@ END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 """markers of well-known templates; an answer ends before one that its template writes"""
 LONGEST = 64 * 1024
 """characters of a template"""
+
+
+class _Generation(Extension):
+    """`{% generation %}` around what an assistant says, which trainers look for; its content counts here."""
+
+    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @dataclass(frozen=True)
@@ -53,8 +68,13 @@ class ChatTemplate:
 
     @staticmethod
     def _environment() -> ImmutableSandboxedEnvironment:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+        )
+        # what templates of Hugging Face may call
         environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = time.strftime
+        environment.filters["tojson"] = _to_json
         return environment
 
     @property
@@ -79,6 +99,11 @@ class ChatTemplate:
 
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """JSON as it is; Jinja's own filter writes it for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def template_of(folder: Path) -> ChatTemplate:

@@ -47,6 +47,9 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def piece(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
+
     def decode(self, tokens: list[int]) -> str:
         return bytes(t for t in tokens if t < 256).decode(errors="replace")
 

@@ -10,11 +10,11 @@ import torch
 
 from nanochat.checkpoint import load_run
 from nanochat.errors import UserError
-from nanochat.inference import cli
 from nanochat.inference.engine import generate_tokens, inference_copy
 from nanochat.inference.sampling import Sampling, draw_tokens, probabilities
 from nanochat.inference.speculative import Speculator, accept, build_heads, heads_of
 from nanochat.objectives.mtp import MultiTokenPrediction
+from nanochat.serve import generate
 from tests.inference.helpers import SMALL, random_gpt, write_run
 
 GREEDY = Sampling(0)
@@ -166,9 +166,9 @@ def test_command(tmp_path, capsys):
     run = write_run(tmp_path / "run", random_gpt(config), objectives=parameters_of(random_heads(config, 1)))
     Byte().build().save(run / "tokenizer.json")
     options = [str(run), "--prompt", "abc", "--max-tokens", "40", "--temperature", "0"]
-    assert cli.main(options) == 0
+    assert generate.main(options) == 0
     alone = capsys.readouterr().out
-    assert cli.main([*options, "--speculative"]) == 0
+    assert generate.main([*options, "--speculative"]) == 0
     output = capsys.readouterr()
     assert output.out.startswith("abc")
     assert len(output.out) > 10
@@ -177,7 +177,7 @@ def test_command(tmp_path, capsys):
     without = write_run(tmp_path / "without", random_gpt(config))
     Byte().build().save(without / "tokenizer.json")
     with pytest.raises(UserError, match=r"trained without \+mtp=on"):
-        cli.main([str(without), "--speculative"])
+        generate.main([str(without), "--speculative"])
 
 
 def test_heads_that_cannot_draft(tmp_path):

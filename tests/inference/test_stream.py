@@ -1,11 +1,31 @@
-"""Stop strings that span pieces."""
+"""Whole characters, and stop strings that span pieces."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.inference import StopStrings
+from nanochat.inference import StopStrings, TextStream
+from tests.inference.helpers import ByteTokenizer
+
+DECODE = ByteTokenizer().decode
+
+
+@given(st.lists(st.binary(min_size=1, max_size=5), max_size=30))
+def test_streamed_text_is_the_decoded_text(pieces):
+    """Tokens of arbitrary bytes: what streams out is final at once and equals decoding the whole."""
+    stream = TextStream(lambda tokens: b"".join(pieces[t] for t in tokens).decode(errors="replace"))
+    shown = ""
+    whole = b"".join(pieces).decode(errors="replace")
+    for token in range(len(pieces)):
+        shown += stream.push(token)
+        assert whole.startswith(shown)
+    assert shown + stream.finish() == whole
+
+
+def test_a_character_of_four_tokens_appears_whole():
+    stream = TextStream(DECODE)
+    assert [stream.push(byte) for byte in "a😀b".encode()] == ["a", "", "", "", "😀", "b"]
 
 
 @given(st.lists(st.text("ab", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=5), max_size=3))

@@ -21,6 +21,7 @@ from nanochat.model import GPT, GPTConfig
 from nanochat.serve.app import Server, ServerSettings, create_app
 from nanochat.serve.models import Settings, load_model
 from tests.inference.helpers import write_run
+from tests.serve.strangers import write_gpt2
 
 CONFIG = GPTConfig(vocab_size=320, dim=256, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=256, seq_len=256)
 TEXT = (
@@ -66,6 +67,12 @@ def llama():
         if os.environ.get("CI"):
             raise
         pytest.skip(f"NO LLAMA.CPP, ITS BACKEND IS NOT PROVEN HERE: {error}")
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory) -> Path:
+    """A GGUF file that nanochat did not make: another architecture, another kind of tokenizer, a chat template."""
+    return write_gpt2(tmp_path_factory.mktemp("stranger") / "stranger.gguf")
 
 
 class Running:

@@ -40,6 +40,19 @@ def test_a_run_has_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("source", "text"),
+    [("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}", "system"),
+     ("{{ messages[1] | tojson }}", '{"role": "user", "content": "Hi\\nthere"}'),
+     ("{{ {'a': 'ü<'} | tojson(indent=1) }}", '{\n "a": "ü<"\n}'),
+     ("{% generation %}{{ messages[0].content }}{% endgeneration %}!", "Be short.!"),
+     ("{% if strftime_now is defined %}{{ strftime_now('%Y') | length }}{% endif %}", "4"),
+     ("{% if tools is not none and tools %}t{% endif %}{{ eos_token }}", "</s>")],
+)  # fmt: skip
+def test_what_templates_of_other_models_use(source, text):
+    assert ChatTemplate(source, names={"eos_token": "</s>"}).render(TALK) == text
+
+
+@pytest.mark.parametrize(
     "source",
     ["{{ messages.__class__.__mro__ }}", "{{ ''.__class__.__base__.__subclasses__() }}",
      "{{ cycler.__init__.__globals__.os }}",
