@@ -40,8 +40,7 @@ def test_completion(served):
 
 def test_embeddings(torch_server):
     """As text: without `check_embedding_ctx_length=False` the client sends tokens of OpenAI's own vocabulary."""
-    one, two = OpenAIEmbeddings(**reach(torch_server), check_embedding_ctx_length=False).embed_documents(
-        ["the quick", "one two"]
-    )
+    model = OpenAIEmbeddings(**reach(torch_server), check_embedding_ctx_length=False)
+    one, two = model.embed_documents(["the quick", "one two"])
     assert len(one) == len(two) == 256
     assert one != two
