@@ -251,6 +251,8 @@ def main(argv: list[str]) -> int:
         "faults": dict(found.faults),
         "examples": [*found.wrong[:3], *found.lost[:3]],
         "memory_growth": found.growth,
+        "answers_per_second": found.right / options.seconds,
+        "latency_by_rate_ms": 1000 * options.clients * options.seconds / max(found.right, 1),
         "latency_p50_ms": 1000 * percentile(found.latencies, 0.5),
         "latency_p95_ms": 1000 * percentile(found.latencies, 0.95),
         "lone_before_ms": 1000 * before,
@@ -262,7 +264,12 @@ def main(argv: list[str]) -> int:
             [name.replace("_", " "), value] for name, value in figures.items() if name not in ("faults", "examples")
         ]
         rows += [[f"fault: {name}", times] for name, times in found.faults.items()]
-        notes = [*figures["examples"], "all is well." if passed else "NOT WELL."]
+        notes = [
+            *figures["examples"],
+            "latency by rate: honest clients over answers per second, what each waits when all wait alike; a p95 near it is "
+            "a server at its limit, a much longer one would be unfair to some",
+        ]
+        notes.append("all is well." if passed else "NOT WELL.")
         show(f"{options.seconds:g} seconds of load with faults", ["what", "figure"], rows, notes)
     report({**figures, "passed": passed}, options.json)
     return 0 if passed else 1

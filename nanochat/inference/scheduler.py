@@ -77,8 +77,9 @@ class Request:
 class _Running:
     """A request in a slot."""
 
-    def __init__(self, request: Request, slot: int, reuse: int, context: int) -> None:
+    def __init__(self, request: Request, slot: int, reuse: int, context: int, turn: int) -> None:
         self.request, self.slot = request, slot
+        self.turn = turn  # step in which it was admitted, or a piece of it was read last
         self.tokens = list(request.prompt[-context:] if request.slide else request.prompt)
         self.fed = reuse  # tokens that the slot holds
         self.reading = True  # the prompt, or what stays after sliding
@@ -160,16 +161,20 @@ class Scheduler:
                 reuse = 0
             request.started, request.reused = time.monotonic(), reuse
             taken.add(slot)
-            self.running.append(_Running(request, slot, reuse, self.backend.context))
+            self.running.append(_Running(request, slot, reuse, self.backend.context, self.steps))
             self.used[slot] = self.steps
 
     def _read(self) -> list[tuple[_Running, Tensor]]:
-        """The next pieces of prompts; returns those that are read whole, with the logits (V,) after them."""
+        """The next pieces of prompts; returns those that are read whole, with the logits (V,) after them.
+
+        Prompts take turns, so that a short one does not wait for the whole of a long one.
+        """
         rows: list[tuple[_Running, Tensor]] = []
         read = 0
-        for item in self.running:
-            if not item.reading or read >= PIECE:
-                continue
+        for item in sorted((item for item in self.running if item.reading), key=lambda item: item.turn):
+            if read >= PIECE:
+                break
+            item.turn = self.steps
             piece = item.tokens[item.fed : item.fed + PIECE]
             score = item.request.score_prompt and item.written == 0
             logits = self.backend.prefill(item.slot, item.fed, piece, score)

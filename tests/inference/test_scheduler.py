@@ -149,6 +149,26 @@ def test_a_slot_is_free_in_the_step_after_its_request_ends_or_is_cancelled():
     assert (fourth.reason, long.reason) == ("length", "length")
 
 
+def test_short_prompts_do_not_wait_for_long_ones_nor_long_ones_for_a_stream_of_others(monkeypatch):
+    """Prompts are read in turns: steps until the first token are bounded by the number of prompts beside it."""
+    monkeypatch.setattr(scheduling, "PIECE", 2)
+    scheduler = Scheduler(TorchBackend(inference_copy(random_gpt()), slots=3))
+    long = Answer(list(range(40)), 1)
+    scheduler.submit(long.request)
+    scheduler.step()
+    steps = []
+    while long.reason is None:
+        others = [Answer([5, 6], 1), Answer([7, 8, 9, 10], 1)]
+        for answer in others:
+            scheduler.submit(answer.request)
+        begin = scheduler.steps
+        while any(answer.reason is None for answer in others):
+            scheduler.step()
+        steps.append(scheduler.steps - begin)
+    assert max(steps) <= 6  # 3 pieces of theirs, and the long one's between them
+    assert scheduler.steps <= 3 * 20
+
+
 def test_the_next_turn_reads_only_what_is_new():
     """The prompt of a second turn is the first, its answer, and more; float64 gives the same tokens as a fresh run."""
     gpt = random_gpt().double()

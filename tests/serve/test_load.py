@@ -19,6 +19,7 @@ def test_load_with_faults(run, capsys):
     assert (figures["wrong"], figures["lost"]) == (0, 0), figures
     assert sum(figures["faults"].values()) > 3, figures
     assert figures["memory_growth"] < 1.5, figures
+    assert figures["latency_by_rate_ms"] == pytest.approx(4000 / figures["answers_per_second"])
     assert code == (0 if figures["passed"] else 1)  # of the latency a busy machine says nothing
 
 
