@@ -266,8 +266,8 @@ def main(argv: list[str]) -> int:
         rows += [[f"fault: {name}", times] for name, times in found.faults.items()]
         notes = [
             *figures["examples"],
-            "latency by rate: honest clients over answers per second, what each waits when all wait alike; a p95 near it is "
-            "a server at its limit, a much longer one would be unfair to some",
+            "latency by rate: honest clients over answers per second, what each waits when all wait alike",
+            "a p95 near it is a server at its limit, a much longer one would be unfair to some",
         ]
         notes.append("all is well." if passed else "NOT WELL.")
         show(f"{options.seconds:g} seconds of load with faults", ["what", "figure"], rows, notes)
