@@ -65,6 +65,8 @@ class _Launch:
     checked: Checked | None = None
     """the configuration of a single run"""
     sweep_folder: Path | None = None
+    search: bool = False
+    """whether the sweep's jobs are a search's, which has those of earlier starts, too"""
     jobs: list[sweep.Job] = field(default_factory=list)
 
 
@@ -104,11 +106,13 @@ class Hooks(Callback):
                 run_lock.check_free(folder)  # a search holds its folder
                 _launch.made = [path for path in (folder, *folder.parents) if not path.exists()]
                 _launch.sweep_folder = folder
-                jobs = [] if sweeper_minimises() else sweep.planned(user_overrides())
+                _launch.search = sweeper_minimises()
+                jobs = [] if _launch.search else sweep.planned(user_overrides())
         except UserError as error:
             print_error(error)
             raise SystemExit(error.exit_code) from error
-        sweep.forget(folder)
+        if not _launch.search:
+            sweep.forget(folder)
         if sys.stderr.isatty():
             os.environ[sweep.QUIET] = "1"  # for jobs in processes of their own, too
             _tables.append(LiveTable(folder, jobs))
@@ -129,6 +133,8 @@ class Hooks(Callback):
         )
         if _launch.sweep_folder is None:  # a launcher has started this job in a process of its own
             job.record(sweep_folder(settings))
+        elif _launch.search:
+            job.record(_launch.sweep_folder)
         else:
             _launch.jobs.append(job)
         if error is not None and not isinstance(error, UserError):
@@ -184,7 +190,7 @@ def _task(cfg: DictConfig) -> float | None:
     folder = Path(settings.runtime.output_dir)
     if settings.mode == RunMode.MULTIRUN:
         if (done := sweep.finished(folder)) is not None:
-            log.info("%s is finished already.", shown(folder))
+            log.info("%s is %s already.", shown(folder), done["status"])
             return done.get("val/bpb")
         if (folder / "checkpoints").is_dir():
             cfg.ckpt_path = "auto"

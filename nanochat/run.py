@@ -30,6 +30,7 @@ from nanochat.files import atomic_write, shown
 from nanochat.model.config import int8_fits
 from nanochat.reports.card import RunReport
 from nanochat.reports.loggers import build_loggers, close_loggers
+from nanochat.search import Trial
 from nanochat.training import launcher
 from nanochat.training.alike import check_alike
 from nanochat.training.callbacks.guard import NonFiniteError
@@ -38,6 +39,7 @@ from nanochat.training.callbacks.loss_plot import LossPlot
 from nanochat.training.callbacks.metrics import MetricsCSV
 from nanochat.training.callbacks.pending_validation import PendingValidation
 from nanochat.training.callbacks.progress import ProgressBar
+from nanochat.training.callbacks.pruning import Pruner
 from nanochat.training.callbacks.sampler import TextSampler
 from nanochat.training.callbacks.time_limit import TimeLimit
 from nanochat.training.checkpoint_io import WholeFileIO
@@ -110,6 +112,7 @@ def fit(folder: Path, plain: dict[str, Any], data: DataModule, checkpoint: Path 
     """Train from a checkpoint, or from the start, to the report; returns and raises as `train`."""
     limit = time_limit(plain)
     report, first = RunReport(folder, plain, data, limit), [*([limit] if limit else []), Header(plain, data)]
+    pruner = None if (trial := Trial.here()) is None else Pruner(trial)
     tells = ranks.rank() == 0
     trainer: Trainer | None = None
     loggers: list[Any] = []
@@ -118,7 +121,7 @@ def fit(folder: Path, plain: dict[str, Any], data: DataModule, checkpoint: Path 
         loggers = build_loggers(plain, folder) if tells else []
         while True:
             module = NanoChatModule(plain, rate_scale)
-            trainer = build_trainer(plain, folder, loggers, *first)
+            trainer = build_trainer(plain, folder, loggers, *first, pruner=pruner)
             try:
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
                 break
@@ -130,7 +133,8 @@ def fit(folder: Path, plain: dict[str, Any], data: DataModule, checkpoint: Path 
         if trainer.enable_validation and module.validated_at != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
         check_finite(trainer)
-        return report.finish(trainer, module) if tells else {}
+        pruned = pruner is not None and pruner.pruned
+        return report.finish(trainer, module, "pruned" if pruned else "finished") if tells else {}
     except SystemExit as error:
         if tells:
             report.abort(trainer, error)
@@ -225,7 +229,9 @@ def write_run_files(folder: Path, plain: dict[str, Any], data: DataModule) -> No
         raise UserError(f"the run folder {folder} cannot be written: {error.strerror}.") from error
 
 
-def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any], *first: Callback) -> Trainer:
+def build_trainer(
+    plain: dict[str, Any], folder: Path, loggers: list[Any], *first: Callback, pruner: Pruner | None = None
+) -> Trainer:
     """The Trainer with the callbacks that come first, the configured ones, and the features that are callbacks."""
     nodes = [*(plain.get("callbacks") or {}).values(), *feature_nodes(plain, Callback).values()]
     options = dict(plain["trainer"])
@@ -236,7 +242,8 @@ def build_trainer(plain: dict[str, Any], folder: Path, loggers: list[Any], *firs
     callbacks = [instantiate(node) for node in nodes if node]
     if not bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    callbacks = [*first, *callbacks, PendingValidation()]  # after what records a validation
+    # after what records a validation
+    callbacks = [*first, *callbacks, *([pruner] if pruner else []), PendingValidation()]
     if ranks.rank():
         callbacks = [callback for callback in callbacks if not isinstance(callback, RANK_ZERO)]
     if ranks.world() > 1:

@@ -19,7 +19,7 @@ FILE = "multirun.yaml"
 OURS = re.compile(r"hydra\.(sweep\.dir|run\.dir|mode)$")
 """Hydra's settings that a resume gives anew"""
 HARMLESS = re.compile(
-    r"hydra/(launcher|sweeper)$|hydra\.sweep\.subdir$|hydra\.sweeper\.(max_batch_size|n_trials|seed|batch)$"
+    r"hydra/(launcher|sweeper)$|hydra\.sweep\.subdir$|hydra\.sweeper\.(max_batch_size|n_trials|seed|batch|pruner|prune_after_trials|prune_after_validations)$"
     r"|hydra\.launcher\.(n_jobs|timeout_min|cpus_per_task|gpus_per_node|mem_gb|nodes|tasks_per_node|array_parallelism)$"
 )
 """Hydra's settings that a stranger's sweep may make"""

@@ -48,8 +48,8 @@ class RunReport:
         data: its data module: `describe()` and `compression` (compressor -> bits per byte of the validation text).
         limit: its time limit, if it has one: `elapsed()`, `seconds` and `horizon`.
 
-    Build it when the run starts: it takes the time. summary.json is one flat mapping: `status` (finished, stopped,
-    failed), `step`, the last metrics by their names in metrics.csv, `parameters`, `tokens`, `seconds`, `data`,
+    Build it when the run starts: it takes the time. summary.json is one flat mapping: `status` (finished, pruned,
+    stopped, failed), `step`, the last metrics by their names in metrics.csv, `parameters`, `tokens`, `seconds`, `data`,
     `overrides`, `command`, `commit`, `machine`, the versions; of a single run `peak_resident_bytes`, and of one with a
     time limit `trained_seconds` and `max_seconds`, too.
     """
@@ -59,11 +59,11 @@ class RunReport:
         self.start = time.monotonic()
         self.parameters: int | None = None
 
-    def finish(self, trainer: Trainer, module: torch.nn.Module) -> dict[str, float]:
+    def finish(self, trainer: Trainer, module: torch.nn.Module, status: str = "finished") -> dict[str, float]:
         """Write summary.json, show the card, and return the final metrics."""
         self.parameters = sum(p.numel() for p in module.parameters())
         metrics = self._metrics(trainer)
-        self._summary("finished", trainer, metrics)
+        self._summary(status, trainer, metrics)
         self._card(trainer, module, metrics)
         return metrics
 
@@ -113,7 +113,7 @@ class RunReport:
             "tokens": self._tokens(trainer),
             "seconds": round(time.monotonic() - self.start, 3),
             "data": self.data.describe(),
-            "compression": dict(self.data.compression) if status == "finished" else {},
+            "compression": dict(self.data.compression) if status in ("finished", "pruned") else {},
             "task_name": self.cfg.get("task_name"),
             "overrides": overrides(),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

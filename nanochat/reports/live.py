@@ -13,9 +13,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from nanochat import run_lock
 from nanochat.run_folder import read_last_row, read_summary
 
-ORDER = ("running", "failed", "stopped", "finished", "waiting")
+ORDER = ("running", "failed", "stopped", "pruned", "finished", "waiting")
 """which lines are kept where there is no room for all"""
 SPARE = 6  # lines of the terminal that are not the table's
 
@@ -66,14 +67,15 @@ class LiveTable:
         folder = self.folder / str(job)
         summary, row = read_summary(folder), read_last_row(folder / "metrics.csv")
         state = "waiting" if not folder.is_dir() else str(summary.get("status", "running"))
-        bpb = summary.get("val/bpb")
+        if state != "waiting" and run_lock.holder(folder) is not None:
+            state = "running"  # the summary is that of an earlier start
         return {
             "job": job,
             "overrides": self.jobs[job] if job < len(self.jobs) else "",
             "state": state if state in ORDER else "running",
             "step": row.get("step", ""),
             "loss": _short(row.get("train/loss") or summary.get("train/loss")),
-            "bpb": _short(bpb),
+            "bpb": _short(summary.get("val/bpb")),
         }
 
 

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import logging
+import math
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,8 @@ class Job:
             "job": self.number,
             "overrides": " ".join(self.overrides),
             **{key: summary.get(key, "") for key in COLUMNS},
+            "status": "failed" if self.error else summary.get("status", ""),
+            "step": summary.get("step", ""),
             "folder": str(self.folder) if self.folder.exists() else "",
             "error": "" if self.error is None else sentence(self.error),
         }
@@ -58,7 +61,8 @@ class Job:
 
     def record(self, sweep_folder: Path) -> None:
         """Leave a record for the process that started the sweep (`collect`)."""
-        content: dict[str, Any] = {"job": self.number, "overrides": self.overrides, "folder": str(self.folder)}
+        place = os.path.relpath(self.folder, sweep_folder)  # the sweep may be moved
+        content: dict[str, Any] = {"job": self.number, "overrides": self.overrides, "folder": place}
         if self.error is not None:
             content |= {"error": sentence(self.error), "mistake": is_mistake(self.error)}
         (sweep_folder / RECORDS).mkdir(exist_ok=True)
@@ -75,12 +79,12 @@ def collect(sweep_folder: Path) -> list[Job]:
     for path in (sweep_folder / RECORDS).glob("*.json"):
         found = json.loads(path.read_text(encoding="utf-8"))
         error = (UserError if found["mistake"] else JobError)(found["error"]) if "error" in found else None
-        jobs.append(Job(found["job"], found["overrides"], Path(found["folder"]), error))
+        jobs.append(Job(found["job"], found["overrides"], sweep_folder / found["folder"], error))
     return sorted(jobs, key=lambda job: job.number)
 
 
 def forget(sweep_folder: Path) -> None:
-    """Remove the records of an earlier start, since every job has its turn again."""
+    """Remove the records of an earlier start, where every job has its turn again."""
     for path in (sweep_folder / RECORDS).glob("*.json"):
         path.unlink(missing_ok=True)
 
@@ -98,9 +102,9 @@ def planned(overrides: Sequence[str]) -> list[str]:
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The summary of a job that has come to its end; None where it has still to train."""
+    """The summary of a job that is finished, or that a search has pruned; None where it has still to train."""
     summary = read_summary(folder)
-    return summary if summary.get("status") == "finished" else None
+    return summary if summary.get("status") in ("finished", "pruned") else None
 
 
 @contextlib.contextmanager
@@ -138,7 +142,7 @@ def exit_code(jobs: Sequence[Job]) -> int:
 def report(jobs: Sequence[Job], folder: Path) -> None:
     """Print the table and write it as sweep.csv into the sweep's folder, best val/bpb first.
 
-    A sweep over seeds has one line for each setting besides. `outputs/latest` then points at the best job.
+    A sweep over seeds has one line for each setting besides. `outputs/latest` then points at the best finished job.
     """
     rows = sorted((job.row() for job in jobs), key=_rank)
     if not rows:
@@ -147,7 +151,7 @@ def report(jobs: Sequence[Job], folder: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    if not rows[0]["error"] and rows[0]["val/bpb"] != "":
+    if _rank(rows[0])[0] < math.inf:
         from nanochat.run_folder import point_latest
 
         point_latest(Path(rows[0]["folder"]))
@@ -158,15 +162,19 @@ def report(jobs: Sequence[Job], folder: Path) -> None:
     cells = []
     for row in rows:
         place = os.path.relpath(row["folder"]) if row["folder"] else ""
-        numbers = ["failed" if row["error"] and not i else _cell(row[key]) for i, key in enumerate(COLUMNS)]
+        numbers = [_cell(row[key]) for key in COLUMNS]
+        if row["status"] in ("failed", "pruned"):
+            numbers[0] = row["status"]
         cells.append([row["job"], varying[row["job"]], *numbers, place])
-    failures = [
+    notes = [
         f"job {row['job']} ({varying[row['job']]}) failed: {row['error']}"
         for row in sorted(rows, key=lambda row: row["job"])
         if row["error"]
     ]
+    if pruned := sum(row["status"] == "pruned" for row in rows):
+        notes.append(f"{pruned} pruned: ended early, with the numbers of their last validation; not ranked.")
     print(f"\n{title}")
-    Table("", ["job", "overrides", *COLUMNS.values(), "folder"], cells, failures).show()
+    Table("", ["job", "overrides", *COLUMNS.values(), "folder"], cells, notes).show()
     settings = over_seeds(jobs, common)
     if settings.rows:
         settings.show()
@@ -182,7 +190,7 @@ def over_seeds(jobs: Sequence[Job], common: set[str]) -> Table:
         groups.setdefault(" ".join(o for o in job.setting() if o not in common), []).append(job)
     rows = []
     for setting, members in groups.items():
-        done = [job.row() for job in members if job.error is None]
+        done = [found for job in members if (found := job.row())["status"] not in ("failed", "pruned")]
         if len({tuple(job.overrides) for job in members}) < 2 or not done:
             continue
         row: list[Any] = [setting or "(the same)", f"{len(done)} of {len(members)}"]
@@ -197,8 +205,10 @@ def over_seeds(jobs: Sequence[Job], common: set[str]) -> Table:
 
 
 def _rank(row: dict[str, Any]) -> tuple[float, int]:
+    """Sorts the best first; what did not come to its end has no result to rank."""
     bpb = row["val/bpb"]
-    return (bpb if isinstance(bpb, int | float) and bpb == bpb else float("inf")), row["job"]
+    ranks = isinstance(bpb, int | float) and math.isfinite(bpb) and row["status"] not in ("failed", "pruned")
+    return (bpb if ranks else math.inf), row["job"]
 
 
 def _cell(value: Any) -> str:

@@ -224,8 +224,8 @@ def _problem(run: Run) -> str:
         return "is training now"
     if status == "failed":
         return f"failed: {' '.join(str(run.summary.get('error', 'for an unknown reason')).split())}"
-    step = run.rows[-1]["step"] if run.rows else 0
-    return f"stopped at step {run.summary.get('step', step)}"
+    step = run.summary.get("step", run.rows[-1]["step"] if run.rows else 0)
+    return f"pruned by its search at step {step}" if status == "pruned" else f"stopped at step {step}"
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], str]:

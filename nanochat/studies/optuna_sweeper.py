@@ -11,8 +11,8 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,6 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from nanochat import run_lock
 from nanochat.compat import job_error
 from nanochat.errors import UserError
+from nanochat.run_folder import read_summary
+from nanochat.search import Pruning, import_optuna, open_study
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 log = logging.getLogger(__name__)
-
-STUDY = "nanochat"
 
 
 class Search(Sweeper):
@@ -45,10 +45,20 @@ class Search(Sweeper):
         n_trials: of the whole search, those of earlier starts among them.
         seed: of the search.
         batch: trials that are asked for at once; more than 1 only with a launcher that runs jobs side by side.
+        pruner, prune_after_trials, prune_after_validations: when a trial is given up, see `Pruning`.
     """
 
-    def __init__(self, n_trials: int = 20, seed: int = 0, batch: int = 1) -> None:
+    def __init__(
+        self,
+        n_trials: int = 20,
+        seed: int = 0,
+        batch: int = 1,
+        pruner: str | None = None,
+        prune_after_trials: int = 4,
+        prune_after_validations: int = 1,
+    ) -> None:
         self.n_trials, self.seed, self.batch = n_trials, seed, batch
+        self.pruning = (pruner, prune_after_trials, prune_after_validations)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config
@@ -67,26 +77,23 @@ class Search(Sweeper):
         for name, value in (("n_trials", self.n_trials), ("batch", self.batch)):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"hydra.sweeper.{name}={value} must be a whole number of at least 1.")
+        pruning = Pruning(*self.pruning)
         fixed, space = search_space(arguments)
         assert self.config is not None
         assert self.launcher is not None
         folder = Path(self.config.hydra.sweep.dir)
         with run_lock.hold(folder):
-            study = open_study(folder, self.seed)
+            study = open_study(folder, self.seed, pruning)
             OmegaConf.save(self.config, folder / "multirun.yaml")
             for trials in iter(lambda: self._next(study, space), []):
-                jobs = [[*fixed, *_overrides(trial, space)] for trial in trials]
+                jobs = [[*fixed, *overrides(trial, space)] for trial in trials]
                 for trial in trials:
-                    log.info("Job %d: %s", trial.number, " ".join(_overrides(trial, space)))
+                    log.info("Job %d: %s", trial.number, " ".join(overrides(trial, space)))
                 with _without_lists_of_jobs(self.launcher):
                     returned = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
                 for trial, job in zip(trials, returned, strict=True):
                     _tell(study, trial.number, job)
-            finished = [trial for trial in study.trials if trial.value is not None]
-            if finished:
-                best = study.best_trial
-                words = " ".join(_overrides(best, best.params))
-                log.info("The best of %d trials is job %d: %s", len(finished), best.number, words)
+            _conclude(study)
 
     def _next(self, study: Study, space: dict[str, BaseDistribution]) -> list[FrozenTrial]:
         """Trials with numbers in a row: one that an earlier start left, or new ones."""
@@ -101,39 +108,6 @@ class Search(Sweeper):
         return [study.trials[number] for number in numbers]
 
 
-def _optuna() -> ModuleType:
-    try:
-        import optuna
-    except ImportError as error:
-        raise UserError("hydra/sweeper=optuna needs Optuna: pip install 'nanochat[optuna]'.") from error
-    return optuna
-
-
-def open_study(folder: Path, seed: int) -> Study:
-    """The study of a sweep's folder, which is made if it is missing.
-
-    Raises:
-        UserError: Optuna is missing, or the study's file is damaged or cannot be written.
-    """
-    optuna = _optuna()
-    from sqlalchemy.exc import SQLAlchemyError  # a dependency of Optuna's
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    path = (folder / "study.db").absolute()
-    try:
-        study = optuna.create_study(
-            storage=f"sqlite:///{path}", study_name=STUDY, load_if_exists=True, direction="minimize"
-        )
-        count = len(study.trials)
-    except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:  # the last: another schema
-        cause = error.__cause__ or error
-        text = str(getattr(cause, "orig", cause)).partition("\n")[0].rstrip(".")
-        raise UserError(f"{path} cannot be used as a search's study: {text}.") from error
-    # a search that goes on draws other numbers than at its start
-    study.sampler = optuna.samplers.TPESampler(seed=seed + count)
-    return study
-
-
 @contextlib.contextmanager
 def _without_lists_of_jobs(launcher: Launcher) -> Iterator[None]:
     """Keep a launcher from listing every override of its jobs, which it would do for each trial."""
@@ -146,9 +120,34 @@ def _without_lists_of_jobs(launcher: Launcher) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _overrides(trial: FrozenTrial, keys: Iterable[str]) -> list[str]:
+def _conclude(study: Study) -> None:
+    """Say which trial is the best: of those that came to their end, as the others were not trained as long."""
+    from optuna.trial import TrialState
+
+    finished = study.get_trials(states=[TrialState.COMPLETE])
+    pruned = len(study.get_trials(states=[TrialState.PRUNED]))
+    if finished:
+        best = study.best_trial
+        words = " ".join(overrides(best, best.params))
+        given_up = f" ({pruned} more were pruned)" if pruned else ""
+        log.info("The best of %d trials%s is job %d: %s", len(finished), given_up, best.number, words)
+
+
+def overrides(trial: FrozenTrial, keys: Iterable[str]) -> list[str]:
     """A trial's values as overrides."""
-    return [f"{key}={trial.params[key]}" for key in keys]
+    return [f"{key}={_text(trial.params[key], trial.distributions[key])}" for key in keys]
+
+
+def _text(value: Any, distribution: BaseDistribution) -> str:
+    """A value as it is written; one of a range is 0.3, not 0.30000000000000004."""
+    step, low = getattr(distribution, "step", None), getattr(distribution, "low", None)
+    if not isinstance(value, float) or step is None or low is None:
+        return str(value)
+    return str(_decimal(low) + round((value - low) / step) * _decimal(step))
+
+
+def _decimal(number: float) -> Decimal:
+    return Decimal(repr(number))
 
 
 def search_space(arguments: Sequence[str]) -> tuple[list[str], dict[str, BaseDistribution]]:
@@ -173,12 +172,14 @@ def search_space(arguments: Sequence[str]) -> tuple[list[str], dict[str, BaseDis
 
 
 def _distribution(override: Override) -> BaseDistribution:
-    distributions = _optuna().distributions
+    distributions = import_optuna().distributions
     value: Any = override.value()
     logarithmic = "log" in (getattr(value, "tags", None) or ())
     try:
-        if isinstance(value, ChoiceSweep | RangeSweep):
+        if isinstance(value, ChoiceSweep):
             return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))
+        if isinstance(value, RangeSweep):
+            return _range(value, logarithmic)
         if isinstance(value, IntervalSweep):
             low, high = value.start, value.end
             if isinstance(low, int) and isinstance(high, int):
@@ -189,6 +190,22 @@ def _distribution(override: Override) -> BaseDistribution:
     raise UserError(f"{override.input_line}: give a choice (a,b), a range(...) or an interval(...).")
 
 
+def _range(value: RangeSweep, logarithmic: bool) -> BaseDistribution:
+    """The numbers of a range in their order; as in Python its end is not one of them."""
+    distributions = import_optuna().distributions
+    start, stop, step = (_decimal(part) for part in (value.start or 0, value.stop or 0, value.step))
+    count = math.ceil((stop - start) / step) if step else 0
+    if count < 1:
+        raise ValueError("there is no number in this range")
+    low, high = sorted((start, start + (count - 1) * step))
+    step = abs(step)
+    if all(isinstance(part, int) for part in (value.start or 0, value.stop or 0, value.step)):
+        return distributions.IntDistribution(int(low), int(high), step=int(step), log=logarithmic)
+    if logarithmic:
+        raise ValueError("a logarithmic range has whole numbers; give an interval(...)")
+    return distributions.FloatDistribution(float(low), float(high), step=float(step))
+
+
 def _tell(study: Study, number: int, job: JobReturn) -> None:
     """Note how a trial ended; a user's mistake ends a search in which nothing has worked yet."""
     from optuna.trial import TrialState
@@ -197,6 +214,11 @@ def _tell(study: Study, number: int, job: JobReturn) -> None:
         return  # ended by someone else meanwhile
     failed = job.status is JobStatus.FAILED
     value = None if failed else job.return_value
+    if not failed and job.hydra_cfg is not None:
+        folder = Path(job.hydra_cfg.hydra.runtime.output_dir)
+        if read_summary(folder).get("status") == "pruned":
+            study.tell(number, state=TrialState.PRUNED)  # its last validation stays known
+            return
     if value is not None and math.isfinite(value):
         study.tell(number, float(value))
         return

@@ -4,6 +4,7 @@ import io
 
 from rich.console import Console
 
+from nanochat import run_lock
 from nanochat.reports.live import LiveTable
 from nanochat.run_folder import read_last_row
 from tests.reports.folders import write_run
@@ -32,6 +33,16 @@ def test_a_line_for_each_job(tmp_path):
     assert "1.2500" in lines[4]
     assert "41" in lines[6]
     assert "3.5000" in lines[6]
+
+
+def test_a_job_that_goes_on_is_running(tmp_path):
+    """What its summary says is how an earlier start ended."""
+    folder = write_run(tmp_path / "0", 2.0, status="stopped")
+    write_run(tmp_path / "1", 2.0, status="pruned")
+    table = LiveTable(tmp_path, ["a", "b"])
+    assert drawn(table)[0].strip() == "2 jobs: 1 stopped, 1 pruned"
+    with run_lock.hold(folder):
+        assert drawn(table)[0].strip() == "2 jobs: 1 running, 1 pruned"
 
 
 def test_a_small_terminal_keeps_what_runs(tmp_path):

@@ -73,6 +73,19 @@ def test_seeds_are_put_together(tmp_path, capsys):
     assert "By setting" in out
 
 
+def test_a_pruned_job_is_marked_and_takes_part_in_no_mean(tmp_path, capsys):
+    jobs = [make_job(tmp_path, i, ["optim=a", f"seed={i}"], 2.0 - i / 2) for i in range(3)]
+    (jobs[2].folder / "summary.json").write_text('{"val/bpb": 1.0, "val/loss": 2.0, "status": "pruned"}')
+    assert [row[1:4] for row in sweep.over_seeds(jobs, set()).rows] == [
+        ["2 of 3", "3.5000 ± 0.7071", "1.7500 ± 0.3536"]
+    ]
+    sweep.report(jobs, tmp_path)
+    out = capsys.readouterr().out
+    assert "1 pruned: ended early" in out
+    lines = (tmp_path / "sweep.csv").read_text().splitlines()
+    assert [line[0] for line in lines[1:]] == ["1", "0", "2"]
+
+
 def test_records_of_jobs_in_other_processes(tmp_path):
     from nanochat.errors import ConfigError
 

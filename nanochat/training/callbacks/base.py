@@ -40,6 +40,12 @@ def validation_due(trainer: Trainer) -> bool:
     return trainer.global_step * trainer.accumulate_grad_batches % interval == 0
 
 
+def validations_done(trainer: Trainer) -> int:
+    """How many validations belong to the steps done so far, however often the run was resumed."""
+    interval = trainer.val_check_batch
+    return trainer.global_step * trainer.accumulate_grad_batches // interval if isinstance(interval, int) else 0
+
+
 def unwritable(path: Path, error: OSError) -> UserError:
     """What to tell the user of a file of the run that cannot be written."""
     return UserError(f"{path} cannot be written: {error.strerror or error}; free some space or make it writable.")

@@ -15,7 +15,7 @@ import pytest
 from nanochat import launch
 from tests import runs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FAST = ["schedule.warmup_steps=2", "trainer.val_check_interval=20", "~callbacks.sampler", "~callbacks.loss_plot"]
 
 

@@ -5,94 +5,24 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from nanochat import cli, launch, run_lock
+from nanochat import cli, launch
 from nanochat.config import rules
-from nanochat.config.check import Checked, check
 from nanochat.errors import ConfigError, UserError
 from nanochat.reports import sweep
-from nanochat.studies.optuna_sweeper import open_study
+from tests.launching.conftest import Call
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def quiet_process() -> Iterator[None]:
-    """Hydra configures logging for the whole process; put it back."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    for handler in set(root.handlers) - set(handlers):
-        handler.close()
-    root.handlers[:], root.level = handlers, level
-    GlobalHydra.instance().clear()
-
-
-@pytest.fixture
-def runs(monkeypatch, tmp_path: Path) -> list[DictConfig]:
-    """Replaces training; the configurations that would have been trained. The working folder is `tmp_path`."""
-    seen: list[DictConfig] = []
-
-    def train(given: DictConfig | Checked, folder: Path) -> dict[str, float]:
-        place = Path(HydraConfig.get().runtime.output_dir)
-        assert folder == place
-        checked = given if isinstance(given, Checked) else check(given)
-        cfg = OmegaConf.create(checked.values)
-        seen.append(cfg)
-        if cfg.seed == 13:
-            (place / "config.yaml").write_text("half: written\n")
-            raise UserError("thirteen is unlucky.")
-        if cfg.seed == 14:
-            raise RuntimeError("the machine broke")
-        if cfg.seed == 15:
-            raise KeyboardInterrupt
-        if cfg.seed == 16:
-            raise SystemExit(143)
-        if cfg.seed == 17:
-            return {"val/loss": 2.0}
-        if not (place / "config.yaml").exists():
-            OmegaConf.save(cfg, place / "config.yaml")
-        summary = {"status": "finished", "val/loss": 2.0 + cfg.seed, "val/bpb": 1.0 + cfg.seed, "optim/bytes": 1024}
-        (place / "summary.json").write_text(json.dumps(summary))
-        return {"val/bpb": 1.0 + cfg.seed}
-
-    fake = ModuleType("nanochat.run")
-    fake.train = train  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "nanochat.run", fake)
-    monkeypatch.chdir(tmp_path)
-    return seen
-
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(capfd) -> Call:
-    """Runs the launcher in this process; (exit code, stdout, stderr)."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        try:
-            code = launch.main(words)
-        except SystemExit as error:
-            code = int(error.code or 0)
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return run
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def folders(path: Path) -> list[str]:
@@ -380,7 +310,7 @@ def test_a_stopped_sweep_goes_on(runs, call: Call, tmp_path: Path, monkeypatch) 
 
 def _finished_or_15(finished: Callable[[Path], Any]) -> Callable[[Path], Any]:
     """As `sweep.finished`, and as if job 1 had been finished meanwhile."""
-    return lambda folder: {"val/bpb": 9.0} if folder.name == "1" else finished(folder)
+    return lambda folder: {"val/bpb": 9.0, "status": "finished"} if folder.name == "1" else finished(folder)
 
 
 def test_failed_jobs_are_run_again(runs, call: Call, tmp_path: Path) -> None:
@@ -424,109 +354,6 @@ def test_a_stranger_s_sweep(runs, call: Call, tmp_path: Path, task: str, hydra: 
     assert "Traceback" not in err
     assert runs == []
     assert folders(tmp_path) == ["swept", "swept/multirun.yaml"]
-
-
-# ---- a search -------------------------------------------------------------------------------------------------------
-
-SEARCH = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=swept")
-
-
-def test_a_search_goes_for_the_least_bits_per_byte(runs, call: Call, tmp_path: Path) -> None:
-    code, out, err = call(
-        *SEARCH, "seed=range(0,10)", "optim.lr=tag(log,interval(0.003,0.1))", "hydra.sweeper.n_trials=4"
-    )
-    assert (code, err) == (0, "")
-    assert len(runs) == 4
-    assert len({cfg.optim.lr for cfg in runs}) == 4
-    assert all(0.003 <= cfg.optim.lr <= 0.1 for cfg in runs)
-    best = min(range(4), key=lambda i: runs[i].seed)
-    assert f"The best of 4 trials is job {best}: seed={runs[best].seed} optim.lr=" in out
-    # more trials go on from there, and none is made twice
-    code, out, err = call("--resume", "swept", "hydra.sweeper.n_trials=5")
-    assert (code, err) == (0, "")
-    assert len(runs) == 5
-    assert "The best of 5 trials" in out
-
-
-def test_a_search_that_was_stopped_goes_on_with_its_trial(runs, call: Call, tmp_path: Path) -> None:
-    words = (*SEARCH, "seed=1,15", "optim.lr=interval(0.01,0.1)", "hydra.sweeper.n_trials=12", "hydra.sweeper.seed=3")
-    assert call(*words)[0] == 130
-    count = len(runs)
-    assert runs[-1].seed == 15
-    assert call(*words)[0] == 130
-    assert len(runs) == count + 1
-    assert runs[-1].optim.lr == runs[-2].optim.lr
-    assert sorted(path.name for path in (tmp_path / "swept").glob("[0-9]*")) == sorted(map(str, range(count)))
-
-
-def test_a_search_s_mistakes(runs, call: Call, monkeypatch, tmp_path: Path) -> None:
-    assert "and nothing is" in call(*SEARCH, "seed=1")[2]
-    assert "hydra.sweeper.n_trials=0 must be" in call(*SEARCH, "seed=1,2", "hydra.sweeper.n_trials=0")[2]
-    sys.modules["nanochat.run"].train = lambda given, folder: {}  # type: ignore[attr-defined]
-    code, out, err = call(*SEARCH, "seed=1,2")
-    assert (code, err) == (2, "")
-    assert out.count("failed: a sweeper minimises val/bpb, and this run has none") == 1
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    assert "pip install 'nanochat[optuna]'" in call(*SEARCH[:2], "seed=1,2")[2]
-
-
-def test_a_search_holds_its_folder(runs, call: Call, monkeypatch, tmp_path: Path) -> None:
-    words = (*SEARCH, "seed=range(0,10)", "hydra.sweeper.n_trials=2")
-    folder = tmp_path / "swept"
-    with run_lock.hold(folder):
-        for _ in range(2):
-            code, _, err = call(*words)
-            assert (code, err.count("\n")) == (2, 1)
-            assert f"swept is in use by process {os.getpid()}" in err
-            monkeypatch.setattr(launch.run_lock, "check_free", lambda folder, try_later=False: None)  # started just now
-    assert runs == []
-    train, holders = sys.modules["nanochat.run"].train, []
-
-    def watched(given: Any, place: Path) -> dict[str, float]:
-        holders.append(run_lock.holder(folder))
-        return train(given, place)
-
-    sys.modules["nanochat.run"].train = watched  # type: ignore[attr-defined]
-    assert call(*words)[0] == 0
-    assert [(found or {}).get("process") for found in holders] == [os.getpid()] * 2
-    assert not (folder / "run.lock").exists()
-
-
-def test_a_trial_that_someone_else_ended(runs, call: Call, tmp_path: Path) -> None:
-    from optuna.trial import TrialState
-
-    train = sys.modules["nanochat.run"].train
-
-    def ended(given: Any, place: Path) -> dict[str, float]:
-        if place.name == "0":
-            open_study(place.parent, 0).tell(0, state=TrialState.FAIL)
-        return train(given, place)
-
-    sys.modules["nanochat.run"].train = ended  # type: ignore[attr-defined]
-    code, out, err = call(*SEARCH, "seed=range(0,10)", "hydra.sweeper.n_trials=2")
-    assert (code, err) == (0, "")
-    assert "The best of 1 trials is job 1" in out
-
-
-@pytest.mark.parametrize("damage", ["text", "folder"])
-def test_a_study_that_cannot_be_used(runs, call: Call, tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "swept" / "study.db"
-    path.parent.mkdir()
-    path.mkdir() if damage == "folder" else path.write_text("no database, but long enough to be looked at " * 99)
-    code, _, err = call(*SEARCH, "seed=1,2")
-    said = "unable to open database file" if damage == "folder" else "file is not a database"
-    assert (code, err) == (2, f"error: {path} cannot be used as a search's study: {said}.\n")
-    assert runs == []
-
-
-def test_a_search_shows_what_it_varies(runs, call: Call, tmp_path: Path) -> None:
-    code, out, err = call(*SEARCH, "seed=1,2", "~callbacks.sampler", "task_name='a b'", "hydra.sweeper.n_trials=1")
-    assert (code, err) == (0, "")
-    assert "Launching" not in out
-    assert f"Job 0: seed={runs[0].seed}\n" in out
-    with open(tmp_path / "swept" / "sweep.csv", newline="") as file:
-        [row] = csv.DictReader(file)
-    assert row["overrides"] == f"~callbacks.sampler task_name='a b' seed={runs[0].seed}"
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
