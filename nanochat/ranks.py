@@ -110,6 +110,19 @@ def gather(rows: Tensor) -> Tensor:
     return parts.flatten(0, 1).to(rows.dtype)
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """This rank's rows of a tensor that is sharded over the ranks (torch's DTensor); any other tensor itself.
+
+    For code without gradients: what is written to the part is written to the tensor.
+    """
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is sharded over the ranks, on each of them; every rank has to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
+
+
 def own_rows(count: int) -> slice:
     """Which of the W * count rows of all ranks are this one's."""
     return slice(rank() * count, (rank() + 1) * count)

@@ -43,7 +43,7 @@ from nanochat.training.callbacks.pruning import Pruner
 from nanochat.training.callbacks.sampler import TextSampler
 from nanochat.training.callbacks.time_limit import TimeLimit
 from nanochat.training.checkpoint_io import WholeFileIO
-from nanochat.training.distributed import OwnersStrategy
+from nanochat.training.distributed import OwnersStrategy, ShardsStrategy
 from nanochat.training.failures import in_words
 from nanochat.training.fit import check_fits, choose_batch
 from nanochat.training.module import NanoChatModule, model_config
@@ -98,6 +98,8 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
             check_resume(checkpoint, plain)
         write_run_files(folder, plain, data)
         count = rank_count(plain)
+        if count == 1 and plain["trainer"].get("strategy") == "fsdp2":
+            log.warning("trainer=fsdp2 has one rank here, so nothing is sharded: trainer.devices=N asks for more.")
         if count == 1:
             return fit(folder, plain, data, checkpoint)
         job = launcher.Job.here(plain, folder, checkpoint)
@@ -246,7 +248,12 @@ def build_trainer(
     callbacks = [*first, *callbacks, *([pruner] if pruner else []), PendingValidation()]
     if ranks.rank():
         callbacks = [callback for callback in callbacks if not isinstance(callback, RANK_ZERO)]
-    if ranks.world() > 1:
+    sharded = options.pop("strategy", None) == "fsdp2"
+    if ranks.world() > 1 and sharded:
+        # weights that are gathered in inference mode first could not be trained
+        options |= {"strategy": ShardsStrategy(), "inference_mode": False}
+        callbacks = [callback for callback in callbacks if not isinstance(callback, TextSampler)]  # one rank has no model
+    elif ranks.world() > 1:
         options["strategy"] = OwnersStrategy()
     return instantiate(
         options,

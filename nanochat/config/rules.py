@@ -192,8 +192,9 @@ def _ranks_fit(trainer: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("trainer.num_nodes", f"trainer.num_nodes={nodes} must be a whole number of at least 1.")
         return
     strategy = trainer.get("strategy")
-    if strategy not in (None, "auto"):
-        text = f"trainer.strategy={strategy}: several ranks (trainer.devices=N) train by nanochat's own; leave it out."
+    if strategy not in (None, "auto", "fsdp2"):
+        text = f"trainer.strategy={strategy} is unknown: fsdp2 shards the model over the ranks of trainer.devices=N, auto "
+        text += "keeps it whole on each."
         yield Problem("trainer.strategy", text)
     started = ranks_started()
     if started == 1 and (nodes or 1) > 1:

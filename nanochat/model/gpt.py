@@ -77,8 +77,9 @@ def through(
     lane: Lane | None = None,
 ) -> Tensor:
     """`block.forward`, recomputed in the backward pass if the block says so, and compiled if it is."""
-    # the compact backward keeps a tape of its own, which a compiled block could not
-    forward = block if kept is None else block.forward
+    # the compact backward keeps a tape of its own, which a compiled block could not; the hooks that gather a sharded
+    # block's weights run all the same
+    forward = block if kept is None else block._call_impl
     return recomputed(block.recompute == "block", forward, x, cos, sin, cache, kept, lane)
 
 

@@ -7,7 +7,7 @@ that of the gradients the full gradient. Nothing is predicted across the beginni
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -138,6 +138,9 @@ class MultiTokenPrediction(Objective):
         """For a run's header and card; empty where the weight switches it off."""
         tokens = f"{self.tokens} further token{'s' if self.tokens > 1 else ''}"
         return f"MTP ({self.kind}, {tokens})" if self.weight else ""
+
+    def blocks(self) -> Iterable[nn.Module]:
+        return self.heads
 
     def weights(self, step: int, max_steps: float) -> list[float]:
         """Weight of each further token at an optimizer step; they add up to `weight` at the start."""

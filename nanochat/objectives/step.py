@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,3 +59,8 @@ class Objective(nn.Module):
 
     def forward(self, step: Step) -> Tensor:
         raise NotImplementedError
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """Large modules that are used by being called alone: of a sharded network the weights of each are gathered for
+        its own calls, those of the rest for the whole of a micro-batch."""
+        return ()

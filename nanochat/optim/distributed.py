@@ -8,7 +8,7 @@ what it would see on one rank. The idea: ZeRO's first stage (arXiv:1910.02054) b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from nanochat import ranks
 
+Update = Callable[[list[Tensor], list[Tensor], list[Tensor]], None]
+"""(parameters of the optimizer, tensors to update in their place, gradients of these): a group's update"""
 BUCKET_BYTES = 2**25
 """small tensors travel together, up to so many bytes"""
 IN_FLIGHT = 4
@@ -82,7 +84,7 @@ class Owners:
         self._sent: list[Bucket] = []
 
     def mine(self, parameter: Tensor) -> bool:
-        """Whether this rank updates a parameter."""
+        """Whether this rank updates a parameter, alone, and has its whole state."""
         return self.of[parameter] == self.rank
 
     @torch.no_grad()
@@ -118,7 +120,7 @@ class Owners:
     def gradient_norm(self) -> Tensor:
         """The L2 norm of the mean gradients, which are at their owners then."""
         self.reduce()
-        gradients = [p.grad for p in self.of if p.grad is not None]
+        gradients = [ranks.own_part(p.grad) for p in self.of if p.grad is not None]
         one = next(iter(self.of))
         square = torch.zeros((), dtype=torch.float64, device=one.device)
         if gradients:
@@ -126,8 +128,10 @@ class Owners:
         return ranks.add(square).sqrt().to(torch.promote_types(one.dtype, torch.float32))
 
     @torch.no_grad()
-    def send(self, group: int) -> None:
-        """Begin to send a group's new weights from their owners to all."""
+    def update(self, group: int, update: Update) -> None:
+        """Update the parameters of a group that are this rank's, and begin to send all of its new weights."""
+        used = [p for p in self.groups[group] if p.grad is not None]
+        update(used, used, [p.grad for p in used if p.grad is not None])
         for owner, parameters in self._parts(self.groups[group]):
             bucket = Bucket(owner, [p.detach() for p in parameters])
             bucket.broadcast()
@@ -166,10 +170,13 @@ class Owners:
                 yield owner, part
 
 
-def gather_states(states: dict[str, dict]) -> dict[str, dict] | None:
-    """The states of all owners by parameter name, on the CPU of rank 0; None elsewhere.
+def gather_states(states: dict[str, dict], split: Container[str] = ()) -> dict[str, dict] | None:
+    """The states of all ranks by parameter name, on the CPU of rank 0; None elsewhere.
 
-    states: this rank's: name -> tensors and numbers.
+    Args:
+        states: this rank's: name -> tensors and numbers.
+        split: names whose states are parts of a whole, one on each rank: the tensors are put together along their first
+            dimension in the order of the ranks; numbers and tensors without a dimension are the same in all parts.
     """
     plan = {
         name: {
@@ -187,10 +194,26 @@ def gather_states(states: dict[str, dict]) -> dict[str, dict] | None:
                     dist.send(_bytes(value.detach().cpu()), 0)
         return None
     found = dict(states)
+    parts: dict[str, list[dict]] = {name: [state] for name, state in states.items() if name in split}
     for source, plan in enumerate(plans):
         for name, state in plan.items() if source else ():
-            found[name] = {key: _received(value, source) for key, value in state.items()}
+            received = {key: _received(value, source) for key, value in state.items()}
+            if name in split:
+                parts.setdefault(name, []).append(received)
+            else:
+                found[name] = received
+    for name in list(parts):
+        found[name] = _joined(parts.pop(name))
     return found
+
+
+def _joined(parts: list[dict]) -> dict:
+    """One state of its parts, by ranks, which are freed on the way."""
+    first = parts[0]
+    for key, value in first.items():
+        if isinstance(value, Tensor) and value.ndim:
+            first[key] = torch.cat([part.pop(key).cpu() if part is not first else value.cpu() for part in parts])
+    return first
 
 
 def _received(planned: object, source: int) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from nanochat.errors import UserError
 from nanochat.optim.options import choice
-from nanochat.optim.quantized import Options8bit, absmax_like
+from nanochat.optim.quantized import SMALL, Options8bit, absmax_like
 from nanochat.optim.rule import Group, Rule, State
 
 KERNEL_BLOCK = 256
@@ -40,6 +41,16 @@ class KernelRule(Rule):
             raise UserError(
                 "kernels=bitsandbytes, but bitsandbytes is not installed; install nanochat[gpu] or use kernels=tensor."
             )
+
+    def splits(self, group: Group, shapes: Sequence[torch.Size]) -> bool:
+        """Where no block crosses from one rank's rows to the next one's, and each part is quantised as the whole is."""
+        sizes = [shape.numel() for shape in shapes if shape.numel()]
+        if sum(sizes) < SMALL:
+            return True
+        block = KERNEL_BLOCK if group["kernels"] == "bitsandbytes" else group["block_size"]
+        whole_blocks = all(size % block == 0 for size in sizes[:-1])
+        # random roundings are drawn for a whole tensor at a time
+        return whole_blocks and min(sizes) >= SMALL and not group["stochastic_rounding"]
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from nanochat.optim.distributed import Owners, gather_states
 from nanochat.optim.options import option_fields
 from nanochat.optim.rule import Group, Rule, State
 from nanochat.optim.schedule import WEIGHT_DECAY_SCHEDULES
+from nanochat.optim.sharded import Shards, is_sharded, part_shapes
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ class Optimizer(torch.optim.Optimizer):
         skipped_steps: dropped steps so far, part of the state.
 
     The state dict holds tensors, numbers and strings, keyed by parameter name. Over several ranks (`distribute`) each
-    parameter's state is with its owner, and `state_dict` is that of all, on rank 0.
+    parameter's state is with its owner, or, where sharded parameters are updated in parts, split like these;
+    `state_dict` is that of all, on rank 0.
     """
 
     def __init__(self, groups: Sequence[Group], rules: dict[str, Rule]) -> None:
@@ -60,8 +63,18 @@ class Optimizer(torch.optim.Optimizer):
             options = [{key: value for key, value in g.items() if key != "params"} for g in self.param_groups]
             for group, agreed in zip(self.param_groups, ranks.same(options), strict=True):
                 group.update(agreed)
+            groups = [group["params"] for group in self.param_groups]
             costs = [[self.rules[g["rule"]].cost(g, p) for p in g["params"]] for g in self.param_groups]
-            self.owners = Owners([group["params"] for group in self.param_groups], costs)
+            if any(is_sharded(parameter) for group in groups for parameter in group):
+                self.owners = Shards(groups, costs, self._split_parameters())
+            else:
+                self.owners = Owners(groups, costs)
+
+    def _split_parameters(self) -> list[Tensor]:
+        """Of sharded parameters those whose rule lets each rank update its own rows."""
+        count = ranks.world()
+        return [p for g in self.param_groups for p in g["params"]
+                if self.rules[g["rule"]].splits(g, part_shapes(p, count))]  # fmt: skip
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -80,9 +93,10 @@ class Optimizer(torch.optim.Optimizer):
             self.skipped_steps += 1
         else:
             for i, group in enumerate(self.param_groups):
-                self.step_group(group)
-                if owners is not None:
-                    owners.send(i)  # while the next group is computed
+                if owners is None:
+                    self.step_group(group)
+                else:
+                    owners.update(i, partial(self._update, group))
         if owners is not None:
             if not skip:
                 self._count_elsewhere(owners)
@@ -93,7 +107,7 @@ class Optimizer(torch.optim.Optimizer):
         """Whether no gradient of some groups would spoil a quantised state by NaN or Inf. A host sync if there are
         such states."""
         quantized = [group for group in groups if self.rules[group["rule"]].quantized]
-        gradients = [p.grad for group in quantized for p in group["params"] if p.grad is not None]
+        gradients = [ranks.own_part(p.grad) for group in quantized for p in group["params"] if p.grad is not None]
         # NaN and Inf survive a sum, which is one pass without a temporary
         sums = [gradient.sum(dtype=torch.float32) for gradient in gradients]
         return not sums or bool(torch.isfinite(torch.stack(sums)).all())
@@ -101,13 +115,23 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step_group(self, group: Group) -> None:
         """Update one group's parameters that have a gradient."""
+        used = [p for p in group["params"] if p.grad is not None]
+        self._update(group, used, used, [p.grad for p in used])
+
+    def _update(
+        self, group: Group, members: Sequence[Tensor], parameters: list[Tensor], gradients: list[Tensor]
+    ) -> None:
+        """Update some parameters of a group.
+
+        members: the group's own; parameters: what stands for them: themselves, or the rows that this rank has of them,
+        or copies of sharded ones that are whole.
+        """
         rule = self.rules[group["rule"]]
-        used = [(i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
-        for i, parameter in used:
-            if not self.state[parameter]:
-                self.state[parameter] = rule.init(parameter, group, i)
-        parameters = [parameter for _, parameter in used]
-        rule.step(group, parameters, [p.grad for p in parameters], [self.state[p] for p in parameters])
+        for member, parameter in zip(members, parameters, strict=True):
+            if not self.state[member]:
+                index = next(i for i, one in enumerate(group["params"]) if one is member)
+                self.state[member] = rule.init(parameter, group, index)
+        rule.step(group, parameters, gradients, [self.state[member] for member in members])
         # fused kernels do not: what is kept of a weight until it changes (its trits) goes by its version
         torch.autograd.graph.increment_version(parameters)
 
@@ -131,7 +155,7 @@ class Optimizer(torch.optim.Optimizer):
         """Bytes of the state tensors of all groups or of one, on all ranks together; there are none before a
         parameter's first step."""
         return sum(
-            tensor_bytes(self.state.get(parameter, {})) + self._bytes_elsewhere.get(parameter, 0)
+            self._bytes_elsewhere.get(parameter, tensor_bytes(self.state.get(parameter, {})))
             for one in self.param_groups
             if group is None or one["name"] == group
             for parameter in one["params"]
@@ -147,14 +171,30 @@ class Optimizer(torch.optim.Optimizer):
         }
 
     def _count_elsewhere(self, owners: Owners) -> None:
-        """Note the bytes of the states that other ranks have made in this step."""
+        """Note the bytes of the states that other ranks have made in this step, or a part of which is here."""
         for group in self.param_groups:
             for i, parameter in enumerate(group["params"]):
                 if owners.used[parameter] and not owners.mine(parameter) and parameter not in self._bytes_elsewhere:
                     self._bytes_elsewhere[parameter] = tensor_bytes(self._planned_state(group, i, parameter))
 
-    def _planned_state(self, group: Group, index: int, parameter: Tensor) -> State:
-        return self.rules[group["rule"]].init(torch.empty_like(parameter, device="meta"), group, index)
+    def _planned_state(self, group: Group, index: int, parameter: Tensor, shape: torch.Size | None = None) -> State:
+        """The state of a parameter, or of a part of it that has some shape, on the meta device."""
+        like = torch.empty(shape or parameter.shape, dtype=parameter.dtype, device="meta")
+        return self.rules[group["rule"]].init(like, group, index)
+
+    def _own_rows(self, state: State, group: Group, index: int, parameter: Tensor) -> State:
+        """A copy of this rank's part of the state of a parameter that is split; empty where it has no rows."""
+        shapes = part_shapes(parameter, ranks.world())[: ranks.rank() + 1]
+        if not shapes[-1].numel():
+            return {}
+        own: State = {}
+        parts = [self._planned_state(group, index, parameter, shape) for shape in shapes]
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim:
+                sizes = [part[key].shape[0] for part in parts]
+                value = value.narrow(0, sum(sizes[:-1]), sizes[-1])
+            own[key] = value.detach().to(parameter.device, copy=True) if isinstance(value, Tensor) else value
+        return own
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """{state: {parameter name: {key: tensor or number}}, groups: [...], skipped_steps}.
@@ -169,7 +209,7 @@ class Optimizer(torch.optim.Optimizer):
                 if self.state.get(parameter):
                     state[name] = dict(self.state[parameter])
         if self.owners is not None:
-            gathered = gather_states(state) or {}
+            gathered = gather_states(state, self._split_names()) or {}
             state = {name: gathered[name] for group in groups for name in group["names"] if name in gathered}
         return {"state": state, "groups": groups, "skipped_steps": self.skipped_steps}
 
@@ -184,6 +224,7 @@ class Optimizer(torch.optim.Optimizer):
         saved = {name: group for group in state_dict["groups"] for name in group["names"]}
         new: dict[Tensor, State] = {}
         elsewhere: dict[Tensor, int] = {}
+        split = self._split_names()
         for group in self.param_groups:
             for i, (name, parameter) in enumerate(zip(group["names"], group["params"], strict=True)):
                 if name not in saved:
@@ -195,8 +236,10 @@ class Optimizer(torch.optim.Optimizer):
                 state = self._take_over(state_dict["state"][name], group, i, name, parameter, copy=own)
                 if own:
                     new[parameter] = state
-                else:
-                    elsewhere[parameter] = tensor_bytes(state)
+                    continue
+                elsewhere[parameter] = tensor_bytes(state)
+                if name in split and (rows := self._own_rows(state, group, i, parameter)):
+                    new[parameter] = rows
         if saved:
             raise UserError(
                 f"the checkpoint's optimizer state has a parameter {next(iter(saved))} that this run lacks."
@@ -205,6 +248,11 @@ class Optimizer(torch.optim.Optimizer):
         self.state.update(new)
         self._bytes_elsewhere = elsewhere
         self.skipped_steps = int(state_dict.get("skipped_steps", 0))
+
+    def _split_names(self) -> set[str]:
+        """The parameters of whose state each rank has a part."""
+        split = self.owners.split if isinstance(self.owners, Shards) else ()
+        return {name for g in self.param_groups for name, p in zip(g["names"], g["params"], strict=True) if p in split}
 
     def _saved_options(self, group: Group) -> dict[str, Any]:
         """Options that decide what a saved state means -> their value in states that were saved without them."""

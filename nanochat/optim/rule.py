@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -58,6 +58,16 @@ class Rule:
     def cost(self, group: Group, parameter: Tensor) -> float:
         """What an update costs, in element-wise updates of one number: by it the ranks share the parameters out."""
         return float(parameter.numel())
+
+    def splits(self, group: Group, shapes: Sequence[torch.Size]) -> bool:
+        """Whether each rank may update its own rows of a parameter by itself, with a state of these rows.
+
+        Only where the rule treats every element alone, and where the ranks' states, one below the other, are that of
+        the whole parameter. Otherwise the parameter travels to its owner, whole.
+
+        shapes: of the ranks' parts, which are consecutive rows; the last ones may have none.
+        """
+        return False
 
     def init(self, parameter: Tensor, group: Group, index: int) -> State:
         """The state before the first step. Must work on the meta device, since a load compares with it.

@@ -1,4 +1,8 @@
-"""Several ranks under Lightning: each trains on its rows, and the optimizer's owners do the rest."""
+"""Several ranks under Lightning: each trains on its rows, and the optimizer's owners do the rest.
+
+`OwnersStrategy` (trainer=ddp) keeps weights and gradients whole on every rank, `ShardsStrategy` (trainer=fsdp2) a part of
+each.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,15 @@ from lightning import Trainer
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
 from nanochat import ranks
+from nanochat.optim.distributed import gather_states
+from nanochat.optim.sharded import is_sharded
+from nanochat.training.module import NanoChatModule
 
 
 class OwnersStrategy(DDPStrategy):
@@ -41,3 +51,66 @@ class OwnersStrategy(DDPStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Of all ranks, on rank 0, which alone writes it."""
         return (optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
+
+
+class ShardsStrategy(OwnersStrategy):
+    """Weights, gradients and optimizer states sharded by torch's `fully_shard` (FSDP2).
+
+    Not Lightning's ModelParallelStrategy: that one makes the process group itself, saves in a format of its own, and
+    takes the optimizer's state apart as torch's optimizers have it. What it would do for us is the call of `shard`.
+    """
+
+    def setup(self, trainer: Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().setup(trainer)
+            return
+        assert self.accelerator is not None  # a validation after the training: all is in its place
+        self.accelerator.setup(trainer)
+        self.setup_precision_plugin()
+
+    def model_to_device(self) -> None:
+        """Move the model once it is sharded: the device of a rank need not have room for the whole."""
+        if isinstance(self.model, FSDPModule):
+            super().model_to_device()
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        assert isinstance(self.model, NanoChatModule)
+        shard(self.model, self.root_device)
+        self.model_to_device()
+
+    def on_validation_end(self) -> None:
+        """Give back the weights outside of the blocks, which stay gathered after a forward pass without a backward."""
+        assert isinstance(self.model, FSDPModule)
+        self.model.reshard()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole tensors on the CPU of rank 0, which alone writes them, gathered one by one; empty elsewhere."""
+        assert self.lightning_module is not None
+        state = self.lightning_module.state_dict()
+        parts = {"": {name: ranks.own_part(tensor) for name, tensor in state.items() if is_sharded(tensor)}}
+        gathered = gather_states(parts, split=parts)
+        return {} if gathered is None else {name: gathered[""].get(name, state[name]) for name in state}
+
+    def teardown(self) -> None:
+        """As the base class, but that the model stays where it is: it is validated once more after its training."""
+        module, self._lightning_module = self._lightning_module, None
+        super().teardown()
+        self._lightning_module = module
+
+
+def shard(module: NanoChatModule, device: torch.device) -> None:
+    """Cut every weight of a module into rows, one part for each rank, on its device.
+
+    A block, or a head of an objective, has its weights gathered while it computes, forward and backward. The tables, the
+    final norm and what else objectives have are gathered for a whole micro-batch, since the loss reads the output matrix
+    outside of the network.
+    """
+    mesh = init_device_mesh(device.type, (ranks.world(),))
+    heads = [block for objective in module.objectives.values() for block in objective.blocks()]  # type: ignore[operator]
+    for part in (*module.gpt.blocks, *heads, module):
+        fully_shard(part, mesh=mesh)
+        if device.type == "cpu":  # gloo does not average
+            part.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+    for name in ("training_step", "validation_step"):
+        register_fsdp_forward_method(module, name)

@@ -25,6 +25,7 @@ import lightning
 import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from nanochat import ranks
 from nanochat.checkpoint import CHECKPOINT_FORMAT
@@ -118,8 +119,9 @@ class NanoChatModule(lightning.LightningModule):
     ) -> None:
         """Clip by the norm that the non-finite guard has already taken."""
         if gradient_clip_val:
-            parameters = [p for p in self.parameters() if p.grad is not None]
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self.gradient_norm())
+            gradients = [ranks.own_part(p.grad) for p in self.parameters() if p.grad is not None]
+            factor = gradient_clip_val / (self.gradient_norm() + 1e-6)
+            torch._foreach_mul_(gradients, factor.clamp(max=1.0))
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         """One optimizer step, with every rate set as a function of (step, max_steps) alone."""
@@ -203,7 +205,8 @@ class NanoChatModule(lightning.LightningModule):
         self.rate_scale = min(self.rate_scale, float(checkpoint["nanochat_run"].get("rate_scale", 1.0)))
 
     def on_train_start(self) -> None:
-        keep_trits(self, self.trainer.accumulate_grad_batches > 1)
+        # of sharded weights they would be whole on every rank
+        keep_trits(self, self.trainer.accumulate_grad_batches > 1 and not isinstance(self, FSDPModule))
         if self._rng_state is not None:
             set_rng_state(self._rng_state)
             self._rng_state = None

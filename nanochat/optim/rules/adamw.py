@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -52,6 +53,9 @@ class AdamW(Rule):
 
         betas: tuple[float, float] = betas(0.9, 0.95)
         eps: float = positive(1e-8)
+
+    def splits(self, group: Group, shapes: Sequence[torch.Size]) -> bool:
+        return True
 
     def init(self, parameter: Tensor, group: Group, index: int) -> State:
         return adamw_state(parameter)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,9 @@ class Lion(Rule):
         """Weights of the momentum in the update and in the next momentum."""
 
         betas: tuple[float, float] = betas(0.9, 0.99)
+
+    def splits(self, group: Group, shapes: Sequence[torch.Size]) -> bool:
+        return True
 
     def init(self, parameter: Tensor, group: Group, index: int) -> State:
         return {"momentum": zeros_like(parameter)}

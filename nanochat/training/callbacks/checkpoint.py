@@ -144,7 +144,8 @@ class Checkpoint(StepCallback):
         step = trainer.global_step
         if not self._boundary or step == self._saved:
             return
-        if not all(bool(torch.isfinite(p).all()) for p in trainer.lightning_module.parameters()):
+        finite = all(bool(torch.isfinite(ranks.own_part(p)).all()) for p in trainer.lightning_module.parameters())
+        if ranks.agreed(not finite):
             log.warning("Step %d is not saved: its weights are not finite.", step)
             return
         path = self._folder(trainer) / (name or f"step={step}.ckpt")

@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from nanochat import ranks
 from nanochat.errors import UserError
 from nanochat.model.bitlinear import BitLinear, ternarise
 from nanochat.training.callbacks.base import StepCallback
@@ -45,7 +46,8 @@ class TernaryHealth(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         rows = next((c.every_n_steps for c in trainer.callbacks if isinstance(c, MetricsCSV)), 1)  # type: ignore[attr-defined]
-        self._interval = -(-self.every_n_steps // rows) * rows
+        # rank 0's, which alone writes the metrics: all look at the same steps
+        self._interval = int(ranks.first(-(-self.every_n_steps // rows) * rows))
         if self._trits:
             self._trits = {name: trits.to(pl_module.device) for name, trits in self._trits.items()}
         else:
@@ -85,7 +87,7 @@ class TernaryHealth(StepCallback):
 
     def _some_rows(self, linear: BitLinear) -> tuple[Tensor, Tensor]:
         """Trits and scales of evenly spread rows of a matrix."""
-        weight = linear.weight
+        weight = ranks.whole(linear.weight)
         rows, columns = weight.shape
         count = max(1, min(rows, self.weights // columns))
         index = torch.linspace(0, rows - 1, count, device=weight.device).round().long()
