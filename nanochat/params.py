@@ -14,6 +14,7 @@ from nanochat.config.compose import compose
 from nanochat.config.vocabulary import plan_vocabulary
 from nanochat.console import Parser
 from nanochat.device import find_device
+from nanochat.environment import rank_count
 from nanochat.export.gguf_tensors import mtp_heads
 from nanochat.export.sizes import file_bits, part_of
 from nanochat.optim import Optimizer
@@ -88,6 +89,8 @@ def memory_table(cfg: dict[str, Any], memory: Memory) -> Table:
         f"Training at its peak ({memory.moment}): {data['batch_size']} x {data['seq_len']:,} tokens, "
         f"{trainer['precision']}, on {trainer['accelerator']}"
     )
+    if trainer.get("strategy") == "fsdp2" and (count := rank_count(cfg)) > 1:
+        title += f", each of {count} ranks"
     rows = [[name, f"{size / 2**20:,.0f}"] for name, size in (*memory.parts.items(), ("all", memory.peak))]
     note = (
         "Counted by rehearsing a step on tensors without memory; Python and torch take about half a GB more. Less: "

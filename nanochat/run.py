@@ -252,7 +252,8 @@ def build_trainer(
     if ranks.world() > 1 and sharded:
         # weights that are gathered in inference mode first could not be trained
         options |= {"strategy": ShardsStrategy(), "inference_mode": False}
-        callbacks = [callback for callback in callbacks if not isinstance(callback, TextSampler)]  # one rank has no model
+        # no rank has a whole model to write with
+        callbacks = [callback for callback in callbacks if not isinstance(callback, TextSampler)]
     elif ranks.world() > 1:
         options["strategy"] = OwnersStrategy()
     return instantiate(

@@ -193,8 +193,7 @@ def _ranks_fit(trainer: dict[str, Any]) -> Iterator[Problem]:
         return
     strategy = trainer.get("strategy")
     if strategy not in (None, "auto", "fsdp2"):
-        text = f"trainer.strategy={strategy} is unknown: fsdp2 shards the model over the ranks of trainer.devices=N, auto "
-        text += "keeps it whole on each."
+        text = f"trainer.strategy={strategy} is unknown: fsdp2 shards the model over the ranks, auto keeps it whole."
         yield Problem("trainer.strategy", text)
     started = ranks_started()
     if started == 1 and (nodes or 1) > 1:
@@ -319,7 +318,14 @@ def optimizer_is_possible(values: Values) -> Iterator[Problem]:
     def build() -> None:
         plain = {key: value for key, value in _planned(values).items() if not values.bad(key)}
         with torch.device("meta"):
-            groups.extend(NanoChatModule(plain).configure_optimizers().param_groups)
+            module = NanoChatModule(plain)
+            groups.extend(module.configure_optimizers().param_groups)
+        names = [name for name, parameter in module.named_parameters() if not parameter.ndim]
+        if names and plain["trainer"].get("strategy") == "fsdp2":
+            raise UserError(
+                f"trainer=fsdp2 cuts parameters into rows, and {names[0]} is a single number: give it the shape (1,), "
+                "or use trainer=ddp."
+            )
 
     groups: list[dict[str, Any]] = []
     yield from _tried(build, "optim")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,7 +81,7 @@ def through(
     """`block.forward`, recomputed in the backward pass if the block says so, and compiled if it is."""
     # the compact backward keeps a tape of its own, which a compiled block could not; the hooks that gather a sharded
     # block's weights run all the same
-    forward = block if kept is None else block._call_impl
+    forward: Callable[..., Tensor] = block if kept is None else block._call_impl  # type: ignore[assignment]
     return recomputed(block.recompute == "block", forward, x, cos, sin, cache, kept, lane)
 
 

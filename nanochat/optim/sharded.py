@@ -25,7 +25,7 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def part_shapes(parameter: Tensor, count: int) -> list[torch.Size]:
-    """The shapes of the ranks' rows as `fully_shard` cuts them: equal ones, of which the last may be smaller or none."""
+    """The shapes of the ranks' rows as `fully_shard` cuts them: equal ones; the last may have fewer rows or none."""
     rows, rest = parameter.shape[0], parameter.shape[1:]
     size = -(-rows // count)
     return [torch.Size((max(0, min(size, rows - rank * size)), *rest)) for rank in range(count)]
@@ -56,9 +56,10 @@ class Round:
         weights, gradients = [], []
         for parameter, shapes in zip(self.mine, self.shapes, strict=True):
             for whole in (gradients, weights):
-                pieces = [arrived[rank].narrow(0, 0, shape.numel()) for rank, shape in enumerate(shapes)]
-                whole.append(torch.cat(pieces).view(parameter.shape))
-                arrived = [a.narrow(0, shape.numel(), len(a) - shape.numel()) for a, shape in zip(arrived, shapes)]
+                sizes = [shape.numel() for shape in shapes]
+                pieces = [flat.split([size, len(flat) - size]) for flat, size in zip(arrived, sizes, strict=True)]
+                whole.append(torch.cat([piece for piece, _ in pieces]).view(parameter.shape))
+                arrived = [rest for _, rest in pieces]
         return weights, gradients
 
     def scatter(self, weights: Sequence[Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Several ranks under Lightning: each trains on its rows, and the optimizer's owners do the rest.
 
-`OwnersStrategy` (trainer=ddp) keeps weights and gradients whole on every rank, `ShardsStrategy` (trainer=fsdp2) a part of
-each.
+`OwnersStrategy` (trainer=ddp) keeps weights and gradients whole on every rank, `ShardsStrategy` (trainer=fsdp2) a part
+of each.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ class ShardsStrategy(OwnersStrategy):
 def shard(module: NanoChatModule, device: torch.device) -> None:
     """Cut every weight of a module into rows, one part for each rank, on its device.
 
-    A block, or a head of an objective, has its weights gathered while it computes, forward and backward. The tables, the
-    final norm and what else objectives have are gathered for a whole micro-batch, since the loss reads the output matrix
-    outside of the network.
+    A block, or a head of an objective, has its weights gathered while it computes, forward and backward. The tables,
+    the final norm and what else objectives have are gathered for a whole micro-batch, since the loss reads the output
+    matrix outside of the network.
     """
     mesh = init_device_mesh(device.type, (ranks.world(),))
     heads = [block for objective in module.objectives.values() for block in objective.blocks()]  # type: ignore[operator]

@@ -50,17 +50,22 @@ class Ledger(TorchDispatchMode):
             self._note(tensor, WORKSPACE)
         return out
 
-    def mark(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
-        """Say what some tensors are for; they need not be known yet."""
+    def mark(self, kind: str, tensors: Iterable[Tensor | None], count: int = 1) -> None:
+        """Say what some tensors are for; they need not be known yet.
+
+        count: ranks that share them, which have as much of each: this one's part is counted.
+        """
         for tensor in tensors:
             if tensor is None:
                 continue
-            self._note(tensor, kind)
+            self._note(tensor, kind, count)
             address = _storage(tensor)._cdata
             size, before, end = self._storages[address]
-            self._storages[address] = (size, kind, end)
+            own = -(-_storage(tensor).nbytes() // count)
+            self._storages[address] = (own, kind, end)
             self.held[before] -= size
-            self.held[kind] += size
+            self.held[kind] += own
+            self._total += own - size
 
     def restart(self) -> None:
         """Forget the peak."""
@@ -79,12 +84,12 @@ class Ledger(TorchDispatchMode):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
 
-    def _note(self, tensor: Tensor, kind: str) -> None:
+    def _note(self, tensor: Tensor, kind: str, count: int = 1) -> None:
         storage = _storage(tensor)
         address = storage._cdata
         if address in self._storages:
             return
-        size = storage.nbytes()
+        size = -(-storage.nbytes() // count)
         self._storages[address] = (size, kind, weakref.ref(storage, lambda _: self._end(address)))
         self.held[kind] += size
         self._total += size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from nanochat.config.features import feature_nodes
 from nanochat.device import autocast, find_device
+from nanochat.environment import rank_count
 from nanochat.model.bitlinear import BitLinear, keep_trits
 from nanochat.model.compact_backward import KeptRows
 from nanochat.objectives import Step
@@ -68,15 +70,39 @@ class Rehearsal:
         with torch.device(device):
             self.module = NanoChatModule(cfg)
         self.named = dict(self.module.named_parameters())
-        ledger.mark(WEIGHTS, [*self.named.values(), *self.module.buffers()])
-        keep_trits(self.module, self.accumulate > 1)
+        sharded = cfg["trainer"].get("strategy") == "fsdp2"
+        self.sharing = rank_count(cfg) if sharded else 1
+        """ranks that share weights, gradients and states"""
+        ledger.mark(WEIGHTS, self.named.values(), self.sharing)
+        ledger.mark(WEIGHTS, self.module.buffers())
+        keep_trits(self.module, self.accumulate > 1 and self.sharing == 1)
         self.optimizer = self.module.configure_optimizers()
         for parameter in self.named.values():
-            parameter.register_post_accumulate_grad_hook(lambda p: ledger.mark(GRADIENTS, [p.grad]))
+            parameter.register_post_accumulate_grad_hook(self._mark_gradient)
         nodes = feature_nodes(cfg, Collider).values()
         self.sparsity = max((float(node.get("sparsity", 0.4)) for node in nodes), default=0.0)
         data = cfg["data"]
         self.shape = int(data["batch_size"]), int(data["seq_len"])
+
+    def _mark_gradient(self, parameter: Tensor) -> None:
+        self.ledger.mark(GRADIENTS, [parameter.grad], self.sharing)
+
+    def gathered(self) -> tuple[Counter[str], Counter[str]]:
+        """What a rank has of the others' parts, beyond its own: in the backward of a block, and at its end.
+
+        The tables and all that is in no block is gathered for a whole micro-batch. Of the blocks two are, the one
+        at work and the next, which arrives in a buffer; the gradients of one are whole, beside the buffer that they
+        are sent from. At the end those of the tables are.
+        """
+        if self.sharing == 1:
+            return Counter(), Counter()
+        blocks = [block for part in self.module.objectives.values() for block in part.blocks()]  # type: ignore[operator]
+        sizes = [_bytes(block.parameters()) for block in (*self.module.gpt.blocks, *blocks)]
+        rest = _bytes(self.named.values()) - sum(sizes)
+        largest = max(sizes, default=0)
+        others = rest * (self.sharing - 1) // self.sharing
+        block = Counter({WEIGHTS: others + 3 * largest, GRADIENTS: 2 * largest})
+        return block, Counter({WEIGHTS: others, GRADIENTS: 2 * rest})
 
     def make_states(self) -> None:
         """The optimizer's state as of the first step."""
@@ -84,7 +110,8 @@ class Rehearsal:
             for index, parameter in enumerate(group["params"]):
                 state = self.optimizer.rules[group["rule"]].init(parameter, group, index)
                 self.optimizer.state[parameter] = state
-                self.ledger.mark(STATES, [value for value in state.values() if isinstance(value, Tensor)])
+                values = [value for value in state.values() if isinstance(value, Tensor)]
+                self.ledger.mark(STATES, values, self.sharing)
 
     def filter_tokens(self, sparsity: float) -> None:
         """Let the next micro-batches do without a backward pass for a share of the tokens."""
@@ -128,13 +155,18 @@ class Rehearsal:
         optimizer.zero_grad()
 
 
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def predict(cfg: dict[str, Any], fake: bool = True, update: bool = True) -> Memory:
     """What training takes at its peak, on the device of the run.
 
     It is that of an optimizer step but for the first, whose optimizer has no state yet. Not in it: Python and torch
     themselves (about half a gigabyte of a CPU's memory), what kernels allocate for themselves, prefetched batches, a
     reference model of Collider's, validation and samples, whose memory is less. A compiled block saves other
-    activations than the blocks that are rehearsed, mostly fewer.
+    activations than the blocks that are rehearsed, mostly fewer. What `trainer=fsdp2` gathers is estimated: two blocks
+    and the tables, and the update as if whole matrices arrived at this rank one by one.
 
     Args:
         cfg: a settled configuration whose vocabulary is a number.
@@ -152,7 +184,7 @@ def predict(cfg: dict[str, Any], fake: bool = True, update: bool = True) -> Memo
         if run.accumulate > 1:
             for parameter in run.named.values():
                 parameter.grad = torch.zeros_like(parameter)
-                ledger.mark(GRADIENTS, [parameter.grad])
+                run._mark_gradient(parameter)
         ledger.restart()
         run.micro_batch()
         if run.sparsity:  # the first steps of such a run see all tokens
@@ -161,6 +193,9 @@ def predict(cfg: dict[str, Any], fake: bool = True, update: bool = True) -> Memo
             run.filter_tokens(0.0)
             run.micro_batch()
         moments: dict[str, Counter[str]] = {"forward and backward": ledger.peak}
+        if run.sharing > 1:
+            block, end = run.gathered()
+            moments = {"forward and backward": ledger.peak + block, "end of the backward": ledger.held + end}
         if update:
             ledger.restart()
             run.update(every=device.type != "cpu")

@@ -121,7 +121,7 @@ class NanoChatModule(lightning.LightningModule):
         if gradient_clip_val:
             gradients = [ranks.own_part(p.grad) for p in self.parameters() if p.grad is not None]
             factor = gradient_clip_val / (self.gradient_norm() + 1e-6)
-            torch._foreach_mul_(gradients, factor.clamp(max=1.0))
+            torch._foreach_mul_(gradients, factor.clamp(max=1.0))  # type: ignore[attr-defined]
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         """One optimizer step, with every rate set as a function of (step, max_steps) alone."""

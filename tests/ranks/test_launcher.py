@@ -99,7 +99,7 @@ def test_ranks_that_are_not_alike_are_refused(place: Path, two: Pool) -> None:
         (["trainer.devices=[0,0]"], {}, "different GPUs"),
         (["trainer.devices=[0,1]"], {}, "a CPU has no numbers"),
         (["trainer.num_nodes=2"], {}, "needs torchrun on each of the machines"),
-        (["+trainer.strategy=fsdp"], {}, "leave it out"),
+        (["+trainer.strategy=fsdp"], {}, "trainer.strategy=fsdp is unknown"),
         (["trainer.devices=3"], {"WORLD_SIZE": "2"}, "2 ranks were started, but trainer.devices=3"),
         ([], {"WORLD_SIZE": "2"}, "2 ranks were started, but trainer.devices=1"),
     ],

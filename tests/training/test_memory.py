@@ -95,3 +95,30 @@ def test_what_autograd_keeps_is_marked():
         z.sum().backward()
         del y, z
         assert ledger.held[ACTIVATIONS] == 0
+
+
+def test_what_ranks_share_is_divided():
+    cfg = ["optim=adamw", "+mtp=on", "model.tied=false", "model.n_layers=4"]
+    whole = counted(settled(*cfg))
+    parts = [settled(*cfg, "trainer=fsdp2", "trainer.accelerator=cpu", f"trainer.devices={n}") for n in (2, 4, 8)]
+    held = [counted(one).parts for one in parts]
+    for count, one in zip((2, 4, 8), held, strict=True):
+        assert one[STATES] == pytest.approx(whole.parts[STATES] / count, rel=0.01)
+        block = 4 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64 + 2 * 16 * 2)
+        tables = 4 * (2 * 300 * 64)
+        own = whole.parts[WEIGHTS] / count
+        assert own + tables * (1 - 1 / count) < one[WEIGHTS] < own + tables + 3.5 * block
+    assert whole.peak > sum(held[0].values()) > sum(held[1].values()) > sum(held[2].values())
+    assert counted(settled(*cfg, "trainer.devices=4")) == whole  # trainer=ddp keeps all on each
+
+
+def test_a_ledger_counts_parts():
+    with Ledger() as ledger:
+        a = torch.zeros(1000)
+        ledger.mark(WEIGHTS, [a], 4)
+        assert ledger.held[WEIGHTS] == 1000
+        ledger.restart()
+        b = torch.zeros(10)
+        assert sum(ledger.peak.values()) == 1040
+        del a, b
+        assert not sum(ledger.held.values())
