@@ -29,7 +29,7 @@ from tests.ranks.test_agreement import COLLIDER, MTP, RUN, WIDE, compare
 from tests.ranks.test_launcher import children, command, environment, wait_for
 from tests.runs import configure, read_state
 
-SHARDED = ["trainer=fsdp2", "trainer.accelerator=cpu"]
+SHARDED = ["+trainer.strategy=fsdp2"]  # what trainer=fsdp2 says, beside the trainer=cpu of all tests
 UNEVEN = ["model.ffn_dim=130", "model.n_layers=2"]  # 130 rows are no four equal parts, nor whole blocks of 8-bit states
 RUNS = {
     "adamw": ["optim=adamw", *MTP, "trainer.gradient_clip_val=0.5", "activation_checkpointing=block"],
