@@ -31,6 +31,7 @@ CPU_COLUMN_MAJOR = 16384  # vocabulary size above which the product is faster wh
 CPU_BLOCK = 2**17  # logits that are turned into exponentials at a time: 512 KB in float32, an L2 cache
 KEEP_BLOCK = 2**20  # logits that are moved at a time when a chunk is packed
 CUDA_CHUNK_LOGITS = 2**26  # logits of a chunk, 256 MB in float32
+GRADIENT_BLOCK = 2**23  # numbers of the matrix' gradient that a product in bf16 makes at a time
 
 Selector = Callable[[Tensor], "Tensor | tuple[Tensor, Tensor]"]
 """(B, T) scores of whole sequences (ignored targets: -inf) -> (B, K) sorted positions of the tokens to keep.
@@ -217,10 +218,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 xk = xc if index is None else xc[index]
                 scaled = (xk * scale).to(dtype)
-                if dtype == torch.float32:
-                    grad_weight.addmm_(chunk.exp.t(), scaled)
-                else:
-                    grad_weight += chunk.exp.t() @ scaled
+                _add_product(grad_weight, chunk.exp.t(), scaled)
                 grad_weight.index_add_(0, chunk.target[:, 0], (xk * own).to(wide))
         count = options.divisor(count)
         ctx.gradients = (grad_hidden, grad_weight if needs_weight else None)
@@ -257,6 +255,20 @@ def _logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     if x.device.type == "cpu" and vocabulary >= CPU_COLUMN_MAJOR:
         return torch.mm(weight, x.t(), out=memory.view(vocabulary, rows)).t()
     return torch.mm(x, weight.t(), out=memory.view(rows, vocabulary))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (V, d) float32 += a (V, C) @ b (C, d).
+
+    A product of another dtype cannot be added up in float32 by the product itself; some rows at a time it is never
+    there whole, which would take half as much memory as the gradient.
+    """
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+        return
+    step = max(1, GRADIENT_BLOCK // total.shape[1])
+    for start in range(0, total.shape[0], step):
+        total[start : start + step].add_(a[start : start + step] @ b)
 
 
 def _keep_in_place(x: Tensor, index: Tensor) -> Tensor:

@@ -25,5 +25,6 @@ def draw_positions(valid: Tensor, count: int, source: torch.Generator) -> Tensor
     Returns:
         (count,) int64, sorted.
     """
-    keys = torch.randperm(valid.numel(), generator=source).to(valid.device)
+    keys = torch.randperm(valid.numel(), generator=source)
+    keys = keys.to(valid.device, non_blocking=True)  # a copy that blocks waits for all that is queued
     return torch.where(valid, keys, keys - valid.numel()).topk(count).indices.sort().values

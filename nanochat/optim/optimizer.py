@@ -51,6 +51,7 @@ class Optimizer(torch.optim.Optimizer):
         self.skipped_steps = 0
         self.owners: Owners | None = None
         self._bytes_elsewhere: dict[Tensor, int] = {}
+        self._state_bytes: dict[tuple[Any, ...], int] = {}
         for group in groups:
             group["base_lr"] = group["lr"]
             group["base_weight_decay"] = group["weight_decay"]
@@ -153,13 +154,16 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_bytes(self, group: str | None = None) -> int:
         """Bytes of the state tensors of all groups or of one, on all ranks together; there are none before a
-        parameter's first step."""
-        return sum(
-            self._bytes_elsewhere.get(parameter, tensor_bytes(self.state.get(parameter, {})))
-            for one in self.param_groups
-            if group is None or one["name"] == group
-            for parameter in one["params"]
-        )
+        parameter's first step. Counted again when there are states that were not there before."""
+        key = (group, len(self.state), len(self._bytes_elsewhere))
+        if key not in self._state_bytes:
+            self._state_bytes[key] = sum(
+                self._bytes_elsewhere.get(parameter, tensor_bytes(self.state.get(parameter, {})))
+                for one in self.param_groups
+                if group is None or one["name"] == group
+                for parameter in one["params"]
+            )
+        return self._state_bytes[key]
 
     def planned_bytes(self) -> dict[str, int]:
         """Parameter name -> bytes of its state tensors after its first step: of the very tensors that the rule makes
@@ -247,6 +251,7 @@ class Optimizer(torch.optim.Optimizer):
         self.state.clear()
         self.state.update(new)
         self._bytes_elsewhere = elsewhere
+        self._state_bytes = {}
         self.skipped_steps = int(state_dict.get("skipped_steps", 0))
 
     def _split_names(self) -> set[str]:

@@ -5,7 +5,7 @@ The order of one optimizer step (M: a method of the module below, C: a hook of a
     on_train_batch_start (C)          the filter chooses its selector           } for each of the
     training_step (M)                 the sum of the objectives; data.consumed  } accumulated
     backward                          gradients add up in p.grad                } micro-batches
-    on_before_optimizer_step (C)      the guard looks at gradient_norm() (M): a step that is not finite is skipped
+    on_before_optimizer_step (C)      the guard calls read_numbers() (M): a step that is not finite is skipped
     configure_gradient_clipping (M)   clips by the same norm
     optimizer_step (M)                around the last micro-batch: sets the rates before it, fills step_metrics after it
     on_step_end (C)                   global_step has gone up; in the order of conf/callbacks: throughput, metrics.csv,
@@ -14,6 +14,9 @@ The order of one optimizer step (M: a method of the module below, C: a hook of a
 
 A checkpoint is therefore always of whole steps; on_save_checkpoint and on_load_checkpoint (M) carry what Lightning does
 not: the random generators, and the rates' factor after a return to an earlier checkpoint.
+
+One host sync a step: `read_numbers` (M), before the update is queued, since all that a step logs is known by then. A
+validation adds up on the device and reads its sums at the end.
 """
 
 from __future__ import annotations
@@ -75,6 +78,8 @@ class NanoChatModule(lightning.LightningModule):
         self._sums: dict[str, Tensor] = {}
         self._micro_batches = 0
         self._gradient_norm: Tensor | None = None
+        self._means: dict[str, Tensor] | None = None
+        self._numbers: dict[str, float] | None = None
         self._validation = torch.zeros(3, dtype=torch.float64)
         self._rng_state: dict[str, Any] | None = None
 
@@ -110,9 +115,36 @@ class NanoChatModule(lightning.LightningModule):
             self._gradient_norm = norm
         return self._gradient_norm
 
-    def step_loss(self) -> Tensor:
-        """The mean next-token loss of this optimizer step's micro-batches so far, 0-d."""
-        return self._sums["train/loss"] / self._micro_batches
+    def step_means(self) -> dict[str, Tensor]:
+        """Name -> mean over this optimizer step's micro-batches so far, and over the ranks; 0-d, taken once."""
+        if self._means is None:
+            means = {name: total / self._micro_batches for name, total in self._sums.items()}
+            if means and ranks.world() > 1:  # each rank's share of the mean over all (nanochat.ranks.share)
+                stacked = ranks.add(torch.stack([mean.float() for mean in means.values()])) / ranks.world()
+                means = dict(zip(means, stacked, strict=True))
+            self._means = means
+        return self._means
+
+    def read_numbers(self, *more: Tensor) -> list[float]:
+        """Bring this optimizer step's means and gradient norm to the host: one transfer, for its `step_metrics`.
+
+        more: 0-d tensors that travel with them; returns their values.
+        """
+        known = dict(self.step_means())
+        if self._gradient_norm is not None:
+            known["train/grad_norm"] = self._gradient_norm
+        values = [*known.values(), *more]
+        read = torch.stack([value.to(values[0].device) for value in values]).tolist() if values else []
+        self._numbers = dict(zip(known, read, strict=False))
+        return read[len(known) :]
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What `read_numbers` has read."""
+        if self._numbers is None:
+            self.read_numbers()
+        assert self._numbers is not None
+        return self._numbers
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -133,15 +165,10 @@ class NanoChatModule(lightning.LightningModule):
         optimizer.set_progress(done, self.max_steps, schedule)  # type: ignore[attr-defined]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()  # here, since Lightning would hold the gradients until the next backward pass
-        means = {name: total / self._micro_batches for name, total in self._sums.items()}
-        if means and ranks.world() > 1:  # each rank's share of the mean over all (nanochat.ranks.share)
-            stacked = ranks.add(torch.stack([mean.float() for mean in means.values()])) / ranks.world()
-            means = dict(zip(means, stacked, strict=True))
-        self.step_metrics = {name: mean.item() for name, mean in means.items()}
-        if self._gradient_norm is not None:
-            self.step_metrics["train/grad_norm"] = self._gradient_norm.item()
+        self.step_metrics = self.numbers
         self.step_metrics["train/lr"] = schedule(done, self.max_steps) * float(self.cfg["optim"]["lr"])
-        self._sums, self._micro_batches, self._gradient_norm = {}, 0, None
+        self._sums, self._micro_batches = {}, 0
+        self._gradient_norm = self._means = self._numbers = None
 
     def configure_optimizers(self):
         """The one optimizer over all named parameters (frozen ones left out)."""
@@ -157,12 +184,13 @@ class NanoChatModule(lightning.LightningModule):
     # ---- validation ---------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._validation = torch.zeros(3, dtype=torch.float64)
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # which MPS lacks
+        self._validation = torch.zeros(3, dtype=dtype, device=self.device)  # nats, tokens, bytes
         table = self.trainer.datamodule.token_bytes()  # type: ignore[attr-defined]
         self._token_bytes = None if table is None else torch.as_tensor(table, device=self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds the batch's nats, tokens and bytes; validation never sees a selector."""
+        """Adds the batch's nats, tokens and bytes, on the device; validation never sees a selector."""
         targets = batch["targets"]
         result = linear_cross_entropy(
             self.gpt.hidden(batch["tokens"]),
@@ -171,10 +199,11 @@ class NanoChatModule(lightning.LightningModule):
             softcap=self.gpt.config.softcap,
             chunk=self.objectives["next_token"].chunk,  # type: ignore[arg-type]
         )
-        valid = targets[targets != IGNORED]
-        size = 0.0 if self._token_bytes is None else self._token_bytes[valid].sum().item()
-        nats = result.per_token.sum(dtype=torch.float64).item()
-        self._validation += torch.tensor([nats, valid.numel(), size], dtype=torch.float64)
+        dtype, valid = self._validation.dtype, targets != IGNORED
+        sums = [result.per_token.sum(dtype=dtype), valid.sum().to(dtype)]
+        if self._token_bytes is not None:  # indexing by `valid` would wait for the device
+            sums.append((self._token_bytes[targets.clamp_min(0)] * valid).sum().to(dtype))
+        self._validation[: len(sums)] += torch.stack(sums)
 
     def on_validation_epoch_end(self) -> None:
         """`val/loss` in nats per token and `val/bpb` in bits per byte of text."""

@@ -305,6 +305,20 @@ def test_bf16_weight_gradient_is_accumulated_in_float32():
     assert weight.grad[:, 0].tolist() == [-0.5, 0.5]
 
 
+def test_a_product_in_bf16_is_added_by_blocks_of_rows(monkeypatch):
+    a, b = torch.randn(1001, 16).bfloat16(), torch.randn(16, 32).bfloat16()
+    found = []
+    for rows in (2000, 64):
+        monkeypatch.setattr(loss_module, "GRADIENT_BLOCK", rows * 32)
+        total = torch.ones(1001, 32)
+        with LiveBytes() as live:
+            loss_module._add_product(total, a, b)
+        found.append((total, live.peak))
+    assert torch.equal(found[0][0], found[1][0])
+    assert relative(found[1][0], 1.0 + a.double() @ b.double()) <= 1e-2
+    assert found[0][1] - found[1][1] >= 2 * 32 * (1001 - 2 * 64), "whole, it takes half of the gradient's memory"
+
+
 def test_a_second_backward_raises():
     hidden, weight, targets = inputs()
     loss = linear_cross_entropy(hidden, weight, targets).loss

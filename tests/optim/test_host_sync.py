@@ -1,47 +1,10 @@
 """No rule reads a tensor's value on the host during a step: on a GPU that would wait for all work queued so far."""
 
-from contextlib import ExitStack, contextmanager
-from unittest import mock
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.host_reads import host_reads
 from tests.optim.helpers import NAMES, Net, batch, make, train
-
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "repeat_interleave"}
-
-
-class HostReads(TorchDispatchMode):
-    """Names of the operators that read a tensor's value on the host, or whose result's shape depends on values."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split(".")[0]
-        masked = name.startswith("index") and any(
-            index is not None and index.dtype == torch.bool
-            for indices in args
-            if isinstance(indices, list | tuple)
-            for index in indices
-        )
-        if name in READS or masked:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def host_reads():
-    mode = HostReads()
-    with ExitStack() as stack:
-        for name in ("tolist", "numpy", "cpu"):  # no operators
-            method = getattr(torch.Tensor, name)
-            seen = lambda self, *rest, name=name, method=method: mode.found.append(name) or method(self, *rest)  # noqa: E731
-            stack.enter_context(mock.patch.object(torch.Tensor, name, seen))
-        stack.enter_context(mode)
-        yield mode.found
 
 
 def test_reads_are_seen():
@@ -58,9 +21,9 @@ def test_reads_are_seen():
         lambda: x.add(1.0, alpha=x.sum()),
         lambda: range(x.sum().int()),
     ):
-        with host_reads() as found:
+        with host_reads() as reads:
             read()
-        assert found
+        assert reads.found
 
 
 def prepared(name):
@@ -77,18 +40,18 @@ def prepared(name):
 def test_a_step_with_known_gradients_reads_nothing(name):
     optimizer = prepared(name)
     optimizer.skip_next = False
-    with host_reads() as found:
+    with host_reads() as reads:
         optimizer.step()
-    assert found == []
+    assert reads.found == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_that_looks_after_its_states_reads_once(name):
     optimizer = prepared(name)
     quantized = any(optimizer.rules[group["rule"]].quantized for group in optimizer.param_groups)
-    with host_reads() as found:
+    with host_reads() as reads:
         optimizer.step()
-    assert len(found) == quantized
+    assert len(reads.found) == quantized
     assert optimizer.skipped_steps == 0
 
 
@@ -97,9 +60,9 @@ def test_stacked_matrices_read_nothing(name, monkeypatch):
     monkeypatch.setattr("nanochat.optim.rules.muon.buckets", lambda parameters: _by_shape(parameters))
     optimizer = prepared(name)
     optimizer.skip_next = False
-    with host_reads() as found:
+    with host_reads() as reads:
         optimizer.step()
-    assert found == []
+    assert reads.found == []
 
 
 def _by_shape(parameters):

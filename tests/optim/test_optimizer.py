@@ -207,3 +207,18 @@ def test_under_lightning_with_bf16_clipping_and_accumulation(name, tmp_path):
     again = Module(name)
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["optimizer_states"][0]
     make(name, again.gpt).load_state_dict(saved)
+
+
+def test_bytes_of_the_state_are_counted_when_there_are_more(monkeypatch):
+    net = Net()
+    optimizer = make("muon", net)
+    assert optimizer.state_bytes() == 0
+    counted = []
+    monkeypatch.setattr("nanochat.optim.optimizer.tensor_bytes", lambda state: counted.append(state) or 4)
+    for step in range(3):
+        train(net, optimizer, step, 1)
+        assert optimizer.state_bytes() == 4 * len(list(net.parameters()))
+    assert len(counted) == len(list(net.parameters()))
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.state_bytes()
+    assert len(counted) == 2 * len(list(net.parameters()))

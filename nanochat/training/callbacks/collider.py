@@ -115,9 +115,9 @@ class Collider(Callback):
         targets = batch["targets"]
         selector: Selector
         if self.score == "random":
-            selector = TopTokens(count, scores=self._draw(trainer, pl_module, *shape).to(targets.device))
+            selector = TopTokens(count, scores=self._draw(trainer, pl_module, *shape))
         elif self.score == "gradient":
-            selector = GradientSample(count, targets, self._draw(trainer, pl_module, shape[0]).to(targets.device))
+            selector = GradientSample(count, targets, self._draw(trainer, pl_module, shape[0]))
         elif self.score == "excess":
             selector = TopTokens(count, baseline=self._reference_losses(batch))
         else:
@@ -134,7 +134,8 @@ class Collider(Callback):
     def _draw(trainer: Trainer, module: LightningModule, rows: int, *more: int) -> Tensor:
         """(rows, *more) uniform numbers: this rank's part of what is drawn for the rows of all."""
         source = generator(int(module.cfg["seed"]), "collider", trainer.datamodule.consumed)  # type: ignore[attr-defined]
-        return torch.rand((rows * ranks.world(), *more), generator=source)[ranks.own_rows(rows)]
+        drawn = torch.rand((rows * ranks.world(), *more), generator=source)[ranks.own_rows(rows)]
+        return drawn.to(module.device, non_blocking=True)  # a copy that blocks waits for all that is queued
 
     # ---- the reference model ------------------------------------------------------------------------------------
 

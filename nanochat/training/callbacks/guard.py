@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -56,8 +56,8 @@ class NonFiniteGuard(Callback):
             ones, see `SpikeWindow`; None: only what is not finite. Spikes do not count for `patience`.
         spike_window: recent steps for it.
 
-    Both decisions take the one host sync that the first needs. `spikes`, how many there were, is in the metrics where
-    they are looked for; they are part of `skipped_steps`.
+    Both decisions take the one host sync of a step, which brings its metrics to the host, too. `spikes`, how many there
+    were, is in the metrics where they are looked for; they are part of `skipped_steps`.
 
     Raises:
         NonFiniteError: `patience` steps in a row were dropped.
@@ -88,21 +88,21 @@ class NonFiniteGuard(Callback):
         if self.streak >= self.patience:
             raise NonFiniteError(trainer.global_step, self.streak, self.max_rollbacks)
 
-    def _look(self, trainer: Trainer, module: LightningModule) -> tuple[bool, bool]:
+    def _look(self, trainer: Trainer, module: Any) -> tuple[bool, bool]:
         """Whether the step is finite, and whether it stands out."""
-        norm: Tensor = module.gradient_norm()  # type: ignore[operator]
+        norm: Tensor = module.gradient_norm()
         if self.window is None:
-            return bool(torch.isfinite(norm)), False
-        loss: Tensor = module.step_loss()  # type: ignore[operator]
-        if trainer.world_size > 1:
-            loss = trainer.strategy.reduce(loss, reduce_op="mean")  # type: ignore[assignment]
-        finite, spike = torch.stack([torch.isfinite(norm + loss), self.window.is_spike(loss, norm)]).tolist()
+            return math.isfinite(module.numbers["train/grad_norm"]), False
+        loss: Tensor = module.step_means()["train/loss"]
+        spike, total = module.read_numbers(self.window.is_spike(loss, norm), loss + norm)
+        finite = math.isfinite(total)
         if spike:
             log.warning("Step %d stands out and is skipped: loss %.4g, gradient norm %.4g.",
-                        trainer.global_step + 1, loss.item(), norm.item())  # fmt: skip
+                        trainer.global_step + 1, module.numbers["train/loss"],
+                        module.numbers["train/grad_norm"])  # fmt: skip
         if finite:
             self.window.add(loss, norm)
-        return finite, spike
+        return finite, bool(spike)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
