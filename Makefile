@@ -17,7 +17,7 @@ train: install
 	$(BIN)/python train.py experiment=tiny
 
 test: install lint browser
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # what takes many minutes and `make test` leaves out: 50 kills, 200 damaged checkpoints
 test-slow: install

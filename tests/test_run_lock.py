@@ -6,11 +6,9 @@ import errno
 import importlib.util
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +19,6 @@ import pytest
 from nanochat import run_lock
 from nanochat.config.schema import CONF
 from nanochat.errors import InUseError, UserError
-from tests.runs import read_metrics, read_state, words
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONF.parent)}
 HOLD = """
@@ -188,45 +185,3 @@ def test_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert json.loads((tmp_path / run_lock.NAME).read_text())["process"] == os.getpid()
     assert calls == [(2, 1)]
     assert not (tmp_path / run_lock.NAME).exists()
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
-
-
-def test_two_commands_in_one_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    command = [sys.executable, "-m", "nanochat.cli"]
-    run = [
-        *words(tmp_path), f"hydra.run.dir={folder}", "trainer.max_steps=100000", "~callbacks.sampler",
-        "~callbacks.loss_plot", "callbacks.checkpoint.every_n_train_steps=2", "trainer.val_check_interval=50",
-    ]  # fmt: skip
-
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *arguments], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=60
-        )
-
-    first = subprocess.Popen([*command, "train", *run], env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not (folder / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    first.send_signal(signal.SIGSTOP)  # it holds the folder, and leaves the machine to the others
-    sentence = f"is in use by process {first.pid} on {socket.gethostname()} since "
-    for arguments, code in (
-        (("train", *run), 2),
-        (("train", *run, "ckpt_path=auto"), 75),
-        (("train", "--resume", str(folder)), 2),
-    ):
-        done = call(*arguments)
-        assert (done.returncode, sentence in done.stderr, done.stderr.count("\n")) == (code, True, 1), done.stderr
-    reading = call("generate", str(folder), "--prompt", "tree", "--max-tokens", "2")
-    assert reading.returncode == 0, reading.stderr
-    assert reading.stderr.count(f"{folder} is still running: this is step ") == 1
-    assert " of 100000." in reading.stderr
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    step = read_state(folder)["global_step"]
-    done = call("train", "--resume", str(folder), f"trainer.max_steps={step + 1}")
-    assert done.returncode == 0, done.stderr
-    assert [int(row["step"]) for row in read_metrics(folder) if row["train/loss"]] == list(range(1, step + 2))
-    assert not (folder / run_lock.NAME).exists()
