@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 
 from nanochat.checkpoint import load_run
 from nanochat.config.vocabulary import build_data
-from nanochat.inference import Sampling, generate_tokens, inference_copy
-from nanochat.inference.speculative import Speculator, heads_of
+from nanochat.inference import Request, Sampling, Scheduler, TorchBackend, inference_copy
+from nanochat.inference.speculative import build_heads, drafting_backend
 from nanochat.studies.cli import study, study_parser
 from nanochat.studies.statistics import Result
 
@@ -36,25 +36,29 @@ def validation_prompts(result: Result) -> list[list[int]]:
     return prompts[:PROMPTS]
 
 
+def written(scheduler: Scheduler, prompts: list[list[int]], sampling: Sampling) -> float:
+    """CPU seconds for the continuations of all prompts, one after the other."""
+    start = time.process_time()
+    for seed, prompt in enumerate(prompts):
+        scheduler.submit(Request(prompt, NEW_TOKENS, sampling, seed))
+        scheduler.run()
+    return time.process_time() - start
+
+
 def drafting(results: list[Result]) -> None:
-    """Acceptance, trunk passes and speed of speculative against plain decoding, greedy and sampled."""
+    """Acceptance, passes of the trunk and speed of speculative against plain decoding, greedy and sampled."""
     torch.set_num_threads(1)
     print("\n| seed | sampling | acceptance | tokens a pass | tokens/s, plain | tokens/s, speculative |")
     print("|---|---|---|---|---|---|")
     for seed, result in enumerate(results):
         run = load_run(result.folder)
         gpt, prompts = inference_copy(run.gpt), validation_prompts(result)
+        heads = build_heads(run.config, run.objectives, torch.float32)
         for name, sampling in (("greedy", Sampling(0.0)), ("temperature 0.8", Sampling(0.8))):
-            speculator = Speculator(gpt, heads_of(run))
-            start = time.process_time()
-            for i, prompt in enumerate(prompts):
-                list(speculator.generate(prompt, NEW_TOKENS, sampling, seed=i))
-            drafted = time.process_time() - start
-            start = time.process_time()
-            for i, prompt in enumerate(prompts):
-                list(generate_tokens(gpt, [prompt], NEW_TOKENS, sampling, seed=i))
-            plain = time.process_time() - start
-            s, total = speculator.statistics, PROMPTS * NEW_TOKENS
+            speculator = Scheduler(drafting_backend(gpt, heads, 1, run.config.seq_len, measured=False))
+            drafted = written(speculator, prompts, sampling)
+            plain = written(Scheduler(TorchBackend(gpt)), prompts, sampling)
+            s, total = speculator.drafting, PROMPTS * NEW_TOKENS
             cells = [seed, name, f"{s.accepted / max(1, s.drafted):.2f}", f"{s.tokens / s.passes:.2f}"]
             print("| " + " | ".join(map(str, [*cells, f"{total / plain:.0f}", f"{total / drafted:.0f}"])) + " |")
 

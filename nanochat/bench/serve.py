@@ -26,7 +26,7 @@ from nanochat.export.gguf import export_gguf
 from nanochat.inference import Request, Sampling, Scheduler, Token
 from nanochat.reports.table import show
 from nanochat.serve.client import Place, server_process, stream
-from nanochat.serve.models import BACKENDS, Settings, load_model
+from nanochat.serve.models import BACKENDS, SPECULATE, Settings, load_model
 
 
 @dataclass
@@ -119,9 +119,9 @@ async def opened(place: Place, rate: float, requests: int, source, seed: int = 0
     return load
 
 
-def alone(path: Path, backend: str, prompt: int, tokens: int) -> float:
+def alone(path: Path, backend: str, speculate: str, prompt: int, tokens: int) -> float:
     """Tokens per second of one request in this process, from its first token on."""
-    model = load_model(path, Settings(backend, slots=1))
+    model = load_model(path, Settings(backend, slots=1, speculate=speculate))
     times: list[float] = []
 
     def on_token(_: Token) -> bool:
@@ -144,6 +144,9 @@ def parser() -> Parser:
     options = Parser("bench serve", __doc__)
     options.add_argument("models", nargs="*", default=["tiny"], help="presets, run folders or .gguf files (tiny)")
     options.add_argument("--backends", type=some_of(BACKENDS), default=["torch", "llama.cpp"], help="torch,llama.cpp")
+    options.add_argument(
+        "--speculate", type=some_of(SPECULATE), default=["auto"], help="of the torch backend: auto,on,off (auto)"
+    )
     options.add_argument("--clients", type=_counts, default=[1, 8, 64], help="closed loops to try (1,8,64)")
     options.add_argument("--open", type=shares, default=[0.5], help="open loops, by share of the closed rate (0.5)")
     options.add_argument("--requests", type=count, default=2, help="requests of each client (2)")
@@ -158,11 +161,12 @@ def _counts(text: str) -> list[int]:
     return [count(part) for part in text.split(",")]
 
 
-def measure(path: Path, backend: str, options: Any) -> dict[str, dict[str, float]]:
+def measure(path: Path, backend: str, speculate: str, options: Any) -> dict[str, dict[str, float]]:
     """Every load on one model with one backend."""
     rows: dict[str, dict[str, float]] = {}
     source = bodies(256, options.prompt, options.tokens, 1)
     arguments = [str(path), "--backend", backend, "--parallel", str(options.parallel)]
+    arguments += ["--speculate", speculate]
     with server_process(arguments, options.threads) as place:
         asyncio.run(closed(place, 1, 1, source))  # warm-up
         reached = 0.0
@@ -177,6 +181,11 @@ def measure(path: Path, backend: str, options: Any) -> dict[str, dict[str, float
     return rows
 
 
+def _arms(backends: Sequence[str], speculate: Sequence[str]) -> list[tuple[str, str]]:
+    """Each backend with each way to speculate; llama.cpp does not."""
+    return [(backend, way) for backend in backends for way in (["auto"] if backend == "llama.cpp" else speculate)]
+
+
 def main(argv: list[str]) -> int:
     """Print the table."""
     options = parser().parse_args(argv)
@@ -189,13 +198,14 @@ def main(argv: list[str]) -> int:
                 run = random_run(name, Path(scratch))
                 path = Path(scratch) / f"{name}.gguf"
                 export_gguf(run, path, "tq2_0" if run.config.ternary else "f16", mtp=False)
-            for backend in options.backends:
-                single = alone(path, backend, options.prompt, options.tokens)
-                rows = measure(path, backend, options)
-                figures[f"{name}, {backend}"] = {"alone": single, **rows}
+            for backend, speculate in _arms(options.backends, options.speculate):
+                single = alone(path, backend, speculate, options.prompt, options.tokens)
+                rows = measure(path, backend, speculate, options)
+                arm = backend if speculate == "auto" else f"{backend}, speculate {speculate}"
+                figures[f"{name}, {arm}"] = {"alone": single, **rows}
                 if not options.json:
                     show(
-                        f"{name} with {backend}, {options.parallel} slots, {options.threads} thread(s)",
+                        f"{name} with {arm}, {options.parallel} slots, {options.threads} thread(s)",
                         ["load", "requests", "failed", "tokens/s", "tokens/s each", "first p50 ms", "first p95 ms",
                          "whole p50 ms", "whole p95 ms"],
                         [[load, *row.values()] for load, row in rows.items()],

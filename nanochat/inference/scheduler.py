@@ -17,11 +17,14 @@ from torch import Tensor
 from nanochat.errors import UserError
 from nanochat.inference.sampling import Sampling, adjust, draw_tokens, probabilities
 from nanochat.inference.slots import Backend
+from nanochat.inference.speculative import Statistics, common
 
 PIECE = 256
 """tokens of a prompt that are read in one pass, so that others do not wait for the whole"""
 DESCRIBED = 32
 """rows of logits whose likelihoods are computed at once, in float64"""
+TRIAL = 16
+"""passes with drafts after which a request goes on with them only if they pay"""
 LEAST_REUSE = 32
 """shortest common beginning of two prompts that is not read again"""
 
@@ -84,14 +87,28 @@ class _Running:
         self.fed = reuse  # tokens that the slot holds
         self.reading = True  # the prompt, or what stays after sliding
         self.written = 0
+        self.drafting = Statistics()
         self.generator = torch.Generator().manual_seed(request.seed % 2**63)
         self.counts: Counter[int] = Counter()
         self.prompt_tokens: list[Token] = []
         self.last: Tensor | None = None  # logits (V,) after the last token that was read for scoring
 
 
+@dataclass
+class _Pass:
+    """What a pass of the network gave for one request."""
+
+    item: _Running
+    logits: Tensor
+    """(1 + drafts, V): after the last token, and after each draft"""
+    drafts: Sequence[int] = ()
+
+
 class Scheduler:
-    """Serves requests with one backend, step by step; the backend's slots bound the requests under way."""
+    """Serves requests with one backend, step by step; the backend's slots bound the requests under way.
+
+    A request that is alone gets drafts where the backend has them; what it gets does not depend on that.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -101,6 +118,7 @@ class Scheduler:
         """tokens whose keys and values each free slot still holds"""
         self.used = [0] * backend.slots
         self.steps = 0
+        self.drafting = Statistics()
 
     @property
     def busy(self) -> bool:
@@ -135,8 +153,8 @@ class Scheduler:
             request.on_end("cancelled", None)
         self._admit()
         try:
-            rows = self._read()
-            rows += self._decode([item for item in self.running if not item.reading])
+            passes = self._read()
+            passes += self._decode([item for item in self.running if not item.reading])
         except Exception as error:
             for item in list(self.running):
                 item.fed = 0  # what its slot holds is not known
@@ -144,14 +162,14 @@ class Scheduler:
             if not isinstance(error, UserError | RuntimeError | MemoryError):
                 raise
             return
-        self._write(rows)
+        self._write(passes)
 
     def _admit(self) -> None:
         taken = {item.slot for item in self.running}
         while self.waiting and len(taken) < self.backend.slots:
             request = self.waiting.popleft()
             free = [slot for slot in range(self.backend.slots) if slot not in taken]
-            shared = {slot: 0 if request.score_prompt else _common(self.held[slot], request.prompt) for slot in free}
+            shared = {slot: 0 if request.score_prompt else common(self.held[slot], request.prompt) for slot in free}
             slot = max(free, key=lambda slot: (shared[slot], -self.used[slot]))
             # the last token is read in any case, for its logits
             reuse = min(shared[slot], len(request.prompt) - 1)
@@ -164,12 +182,12 @@ class Scheduler:
             self.running.append(_Running(request, slot, reuse, self.backend.context, self.steps))
             self.used[slot] = self.steps
 
-    def _read(self) -> list[tuple[_Running, Tensor]]:
-        """The next pieces of prompts; returns those that are read whole, with the logits (V,) after them.
+    def _read(self) -> list[_Pass]:
+        """The next pieces of prompts; returns those that are read whole.
 
         Prompts take turns, so that a short one does not wait for the whole of a long one.
         """
-        rows: list[tuple[_Running, Tensor]] = []
+        whole: list[_Pass] = []
         read = 0
         for item in sorted((item for item in self.running if item.reading), key=lambda item: item.turn):
             if read >= PIECE:
@@ -186,8 +204,8 @@ class Scheduler:
                 item.reading = False
                 if score:
                     item.request.on_prompt(item.prompt_tokens)
-                rows.append((item, logits[-1]))
-        return rows
+                whole.append(_Pass(item, logits[-1:]))
+        return whole
 
     def _score(self, item: _Running, piece: Sequence[int], logits: Tensor) -> None:
         """Likelihoods of a piece of the prompt; logits: (T, V) after each of its tokens."""
@@ -199,7 +217,7 @@ class Scheduler:
         item.prompt_tokens += describe(before, tokens, item.request.logprobs or 0)
         item.last = logits[-1]
 
-    def _decode(self, items: list[_Running]) -> list[tuple[_Running, Tensor]]:
+    def _decode(self, items: list[_Running]) -> list[_Pass]:
         # those whose prompt was read whole in this step have logits already
         items = [item for item in items if item.fed < len(item.tokens)]
         for item in [item for item in items if item.fed >= self.backend.context]:
@@ -212,16 +230,50 @@ class Scheduler:
                 self._end(item, "length")
         if not items:
             return []
-        logits = self.backend.decode(
-            [item.slot for item in items], [item.fed for item in items], [item.tokens[-1] for item in items]
-        )
+        drafts = self._draft(items[0]) if len(self.running) == 1 else []
+        fed = [(item.slot, item.fed, item.tokens[-1]) for item in items]
+        fed += [(items[0].slot, items[0].fed + 1 + index, draft) for index, draft in enumerate(drafts)]
+        slots, starts, tokens = map(list, zip(*fed, strict=True))
+        logits = self.backend.decode(slots, starts, tokens)
         for item in items:
             item.fed += 1
-        return list(zip(items, logits, strict=True))
+        return [
+            _Pass(item, logits if drafts else logits[index : index + 1], drafts) for index, item in enumerate(items)
+        ]
 
-    def _write(self, rows: list[tuple[_Running, Tensor]]) -> None:
-        """Draw a token for each row (V,) and deliver it."""
-        ready = []
+    def _draft(self, item: _Running) -> list[int]:
+        """Guesses of an item's next tokens; none where they do not pay, or nothing could be done with them."""
+        found = item.drafting
+        if found.passes >= TRIAL and found.tokens < found.passes * self.backend.draft_cost:
+            return []
+        left = item.request.max_tokens - item.written - 1
+        room = min(self.backend.drafts, left, self.backend.context - item.fed - 1)
+        return self.backend.draft(item.slot, item.tokens, room) if room > 0 else []
+
+    def _write(self, passes: list[_Pass]) -> None:
+        """Draw a token for each pass and deliver it, and further ones as long as the drafts are what is drawn."""
+        place = 0
+        while passes:
+            written = self._write_row([(one.item, one.logits[place]) for one in passes])
+            going = []
+            for one in passes:
+                token, drafted = written.get(one.item), place < len(one.drafts)
+                right = token is not None and drafted and token == one.drafts[place]
+                for statistics in (one.item.drafting, self.drafting) if one.drafts else ():
+                    statistics.passes += place == 0
+                    statistics.tokens += token is not None
+                    statistics.drafted += drafted
+                    statistics.accepted += right
+                if right and one.item in self.running:
+                    one.item.fed += 1  # the draft was read in the same pass
+                    going.append(one)
+                elif drafted:
+                    self.backend.truncate(one.item.slot, one.item.fed)
+            passes, place = going, place + 1
+
+    def _write_row(self, rows: list[tuple[_Running, Tensor]]) -> dict[_Running, int]:
+        """Draw a token for each row (V,) and deliver it; returns those that were delivered."""
+        ready, written = [], {}
         for item, logits in rows:
             if item.request.max_tokens <= 0:
                 self._end(item, "length")
@@ -236,6 +288,7 @@ class Scheduler:
             if token in request.stop_ids:
                 self._end(item, "stop")
                 continue
+            written[item] = token
             item.tokens.append(token)
             item.counts[token] += 1
             item.written += 1
@@ -246,6 +299,7 @@ class Scheduler:
                 self._end(item, "stop")
             elif item.written >= request.max_tokens:
                 self._end(item, "length")
+        return written
 
     def _end(self, item: _Running, reason: str, message: str | None = None) -> None:
         self.running.remove(item)
@@ -295,11 +349,3 @@ def describe(logits: Tensor, tokens: Sequence[int], top: int) -> list[Token]:
             for token, value, row in zip(ids.tolist(), own, rows, strict=True)
         ]
     return found
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens with which both begin."""
-    for index, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return index
-    return min(len(first), len(second))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from nanochat.model.attention import causal_attention
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 
+if TYPE_CHECKING:
+    from nanochat.inference.speculative import Drafter
+
 
 class Backend(Protocol):
     """A network that holds several sequences. Not thread-safe: one thread drives it."""
@@ -28,17 +31,28 @@ class Backend(Protocol):
     context: int
     """tokens that each of them may have"""
     vocab_size: int
+    drafts: int
+    """tokens that `draft` gives at most"""
+    draft_cost: float
+    """what a pass with drafts takes, as a multiple of one without; 0 where it does not matter"""
 
     def prefill(self, slot: int, start: int, tokens: Sequence[int], everything: bool = False) -> Tensor:
         """Append tokens to a slot that has `start`; logits after the last one (1, V), or after each (T, V), float32."""
         ...
 
     def decode(self, slots: Sequence[int], starts: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Append one token to each of several slots that have `starts`; logits (B, V), float32."""
+        """Append one token to each of several slots that have `starts`; logits (B, V), float32.
+
+        A slot may come several times, with successive starts: each of its tokens then sees those before it.
+        """
         ...
 
     def truncate(self, slot: int, length: int) -> bool:
         """Forget all but the first `length` tokens of a slot; False where only all of them can be, as they are then."""
+        ...
+
+    def draft(self, slot: int, tokens: Sequence[int], count: int) -> list[int]:
+        """Up to `count` guesses of what follows the tokens of a slot, of which it holds all but the last."""
         ...
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
@@ -83,24 +97,37 @@ class TorchBackend:
         slots: sequences at once.
         context: tokens of each; None takes the model's `seq_len`.
         vocab_limit: logits beyond it are left out (a model's vocabulary can be wider than its tokenizer's).
+        drafter: made for as many slots and tokens.
 
     Raises `UserError` when the cache does not fit in memory.
     """
 
     name = "torch"
 
-    def __init__(self, gpt: GPT, slots: int = 1, context: int | None = None, vocab_limit: int | None = None) -> None:
-        self.gpt, self.slots = gpt, slots
+    def __init__(
+        self,
+        gpt: GPT,
+        slots: int = 1,
+        context: int | None = None,
+        vocab_limit: int | None = None,
+        drafter: Drafter | None = None,
+    ) -> None:
+        self.gpt, self.slots, self.drafter = gpt, slots, drafter
+        self.drafts, self.draft_cost = len(drafter.heads) if drafter else 0, 0.0
         self.context = min(context or gpt.config.seq_len, gpt.config.seq_len)
         self.vocab_size = min(vocab_limit or gpt.config.vocab_size, gpt.config.vocab_size)
         self.device = gpt.embedding.weight.device
         self.cache = SlotCache(gpt.config, slots, self.context, gpt.norm.weight)
-        self.rows = steady_rows(gpt, slots)
+        self.rows = steady_rows(gpt, max(slots, 1 + self.drafts))
 
     @torch.inference_mode()
     def _hidden(self, tokens: Tensor, slots: Sequence[int], starts: Sequence[int], positions: int | Tensor) -> Tensor:
         self.cache.rows, self.cache.starts = slots, starts
-        return self.gpt.hidden(tokens, self.cache, positions)
+        hidden = self.gpt.hidden(tokens, self.cache, positions)
+        if self.drafter is not None:
+            for row, (slot, start) in enumerate(zip(slots, starts, strict=True)):
+                self.drafter.note(slot, start, hidden[row])
+        return hidden
 
     @torch.inference_mode()
     def prefill(self, slot: int, start: int, tokens: Sequence[int], everything: bool = False) -> Tensor:
@@ -119,12 +146,16 @@ class TorchBackend:
     def truncate(self, slot: int, length: int) -> bool:
         return True  # the caller says with each pass how many tokens a slot has
 
+    def draft(self, slot: int, tokens: Sequence[int], count: int) -> list[int]:
+        return self.drafter.draft(slot, tokens, count) if self.drafter else []
+
     @torch.inference_mode()
     def embed(self, tokens: Sequence[int]) -> Tensor:
         return self.gpt.hidden(torch.tensor([tokens], device=self.device))[0].float().mean(0)
 
     def close(self) -> None:
         self.cache.keys = self.cache.values = torch.empty(0)
+        self.drafter = None
 
 
 @torch.inference_mode()

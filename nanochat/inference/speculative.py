@@ -1,21 +1,22 @@
 """Self-speculative decoding: the heads of multi-token prediction draft, the trunk verifies several tokens in one pass.
 
-What comes out is what the trunk alone would write: the same tokens when decoding greedily, tokens of the same
-distribution when sampling (Leviathan et al., arXiv:2211.17192).
+A draft stays where it is the token that the trunk's own distribution gives, drawn as without drafts. So a request gets
+the same tokens with and without drafts, whatever its sampling and seed. (Rejection sampling, arXiv:2211.17192,
+accepts more drafts when sampling and keeps the distribution, but not the tokens of a seed.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from nanochat.checkpoint import Run
 from nanochat.errors import UserError
-from nanochat.inference.engine import Cache, Decoder
-from nanochat.inference.sampling import Sampling, draw_tokens, probabilities
+from nanochat.inference.slots import SlotCache, TorchBackend
 from nanochat.model.bitlinear import BitLinear
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
@@ -30,9 +31,9 @@ class Statistics:
     """How much the drafts saved."""
 
     tokens: int = 0
-    """tokens written"""
+    """tokens that were written by passes with drafts"""
     passes: int = 0
-    """forward passes of the trunk that wrote them, without the reading of the prompt"""
+    """those passes of the trunk"""
     drafted: int = 0
     accepted: int = 0
 
@@ -71,164 +72,118 @@ def build_heads(config: GPTConfig, parameters: Mapping[str, Tensor], dtype: torc
     return heads
 
 
-def heads_of(run: Run) -> list[SequentialHead]:
-    """The sequential heads of a run; raises `UserError` when it was trained without."""
-    heads = build_heads(run.config, run.objectives, run.gpt.embedding.weight.dtype)
-    if not heads:
-        raise UserError(
-            f"{run.folder} has no heads that could draft: it was trained without +mtp=on (kind sequential). "
-            "Leave --speculative out."
-        )
-    return heads
+class Drafter:
+    """Drafts for the slots of one network.
 
-
-def accept(truth: Tensor, drafts: Sequence[int], guesses: Sequence[Tensor], generator: torch.Generator) -> list[int]:
-    """The drafts that stay, and one token more: all of them are then distributed as if drawn from `truth`.
-
-    A draft stays with the probability truth / guess (at most 1); the first that does not is drawn anew from what the
-    truth has beyond the guess.
-
-    truth: (1 + drafts, V), the distribution at each place; guesses: the (V,) that each draft was drawn from.
-    """
-    accepted = 0
-    for draft, guess in zip(drafts, guesses, strict=True):
-        share = float(truth[accepted, draft] / guess[draft])
-        if share < 1 and float(torch.rand((), generator=generator, dtype=torch.float64)) >= share:
-            break
-        accepted += 1
-    last = truth[accepted]
-    if accepted < len(drafts):
-        rest = (last - guesses[accepted]).clamp_min(0)
-        last = rest if float(rest.sum()) > 0 else last  # equal up to rounding
-    return [*drafts[:accepted], int(draw_tokens(last[None], [generator]))]
-
-
-class _Drafter:
-    """One head with its cache. Row t reads the hidden state of token t on the level below, and token t + depth + 1."""
-
-    def __init__(self, head: SequentialHead, depth: int, config: GPTConfig, like: Tensor) -> None:
-        self.head, self.depth = head, depth
-        self.cache = Cache(replace(config, n_layers=1, value_embeddings=0), 1, config.seq_len, like)
-        self.hidden = like.new_zeros(config.seq_len, config.dim)
-        """(seq_len, d): what the head made of each row"""
-
-    def advance(self, gpt: GPT, below: Tensor, tokens: Sequence[int], rows: int) -> None:
-        """Compute the rows up to `rows` that are not in the cache yet; `below`: (seq_len, d) of the level below."""
-        start = self.cache.length
-        if start >= rows:
-            return
-        following = torch.tensor([tokens[start + self.depth + 1 : rows + self.depth + 1]], device=below.device)
-        cos, sin, square = gpt.cos[start:rows], gpt.sin[start:rows], square_of(gpt.lane(following))
-        made = self.head(below[None, start:rows], gpt.embed(following), cos, sin, self.cache, square=square)
-        self.cache.length = rows
-        self.hidden[start:rows] = made[0]
-
-
-class Speculator:
-    """Decodes one sequence with drafts.
+    Row t of a head reads the hidden state of token t on the level below, and token t + depth + 1. What it made of a row
+    is kept, with the head's keys and values, as long as the tokens that it has read stay.
 
     Args:
-        gpt: best an `inference_copy`.
-        heads: of `heads_of` or `build_heads`; as many tokens are drafted for a pass.
-        vocab_limit: tokens from this id on are never drawn.
+        gpt: the network, best an `inference_copy`.
+        heads: of `build_heads`; as many tokens are drafted for a pass.
+        slots, context: of the backend that it works for.
+        vocab_limit: tokens from this id on are never drafted.
+
+    Raises `UserError` when its caches do not fit in memory.
     """
 
-    def __init__(self, gpt: GPT, heads: Sequence[SequentialHead], vocab_limit: int | None = None) -> None:
-        if not heads:
-            raise UserError("there are no heads of multi-token prediction to draft with.")
+    def __init__(
+        self, gpt: GPT, heads: Sequence[SequentialHead], slots: int, context: int, vocab_limit: int | None = None
+    ) -> None:
         self.gpt, self.heads, self.vocab_limit = gpt, heads, vocab_limit
-        self.statistics = Statistics()
+        like, config = gpt.norm.weight, replace(gpt.config, n_layers=1, value_embeddings=0)
+        self.caches = [SlotCache(config, slots, context, like) for _ in heads]
+        self.hidden = like.new_zeros(1 + len(heads), slots, context, gpt.config.dim)
+        """what the trunk, and each head, made of each token"""
+        self.lengths = [[0] * slots for _ in heads]
+        """rows of each head that are in its cache"""
+        self.seen: list[list[int]] = [[] for _ in range(slots)]
+        """tokens of each slot when they were drafted for last, drafts included"""
+
+    def note(self, slot: int, start: int, hidden: Tensor) -> None:
+        """Keep the trunk's hidden states (T, d) of the tokens from `start` on."""
+        self.hidden[0, slot, start : start + len(hidden)] = hidden
 
     @torch.inference_mode()
-    def generate(
-        self,
-        prompt: Sequence[int],
-        max_tokens: int,
-        sampling: Sampling | None = None,
-        *,
-        seed: int = 0,
-        stop_id: int | None = None,
-    ) -> Iterator[int]:
-        """Continue a prompt token by token; as `generate_tokens` does at the end of the context and at `stop_id`."""
-        if not prompt:
-            raise UserError("a prompt of no tokens cannot be continued: the tokenizer has no document separator.")
-        sampling = sampling or Sampling()
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        limit = self.gpt.config.seq_len
-        tokens = list(prompt[-limit:])  # of the context; all but the last are in the caches
-        self._reset(tokens)
-        written = 0
-        while written < max_tokens:
-            if self.trunk.length == limit:
-                tokens = tokens[-max(1, limit // 2) :]
-                self._reset(tokens)
-            # nothing is drafted beyond what may be written or what fits
-            room = min(len(self.heads), max_tokens - written - 1, limit - len(tokens))
-            drafts, guesses = self._draft(tokens, room, sampling, generator)
-            new = self._verify(tokens, drafts, guesses, sampling, generator)
-            self.statistics.passes += 1
-            for token in new:
-                if token == stop_id:
-                    return
-                tokens.append(token)
-                written += 1
-                self.statistics.tokens += 1
-                yield token
-
-    def _reset(self, tokens: Sequence[int]) -> None:
-        """Read all tokens but the last."""
-        gpt, like = self.gpt, self.gpt.norm.weight
-        self.trunk = Decoder(gpt)
-        self.hidden = like.new_zeros(gpt.config.seq_len, gpt.config.dim)
-        self.drafters = [_Drafter(head, depth, gpt.config, like) for depth, head in enumerate(self.heads)]
-        if len(tokens) > 1:
-            read = torch.tensor([tokens[:-1]], device=like.device)
-            self.hidden[: len(tokens) - 1] = self.trunk.hidden(read)[0]
-
-    def _distribution(self, hidden: Tensor, sampling: Sampling) -> Tensor:
-        """(..., d) -> probabilities (..., V)."""
-        return probabilities(self.gpt.logits(hidden)[..., : self.vocab_limit], sampling)
-
-    def _draft(
-        self, tokens: Sequence[int], count: int, sampling: Sampling, generator: torch.Generator
-    ) -> tuple[list[int], list[Tensor]]:
-        """Up to `count` tokens after the last one, and the distributions (V,) that they were drawn from."""
-        rows = len(tokens) - 1  # tokens whose hidden state is known
-        guess = list(tokens)
-        drafts: list[int] = []
-        guesses: list[Tensor] = []
+    def draft(self, slot: int, tokens: Sequence[int], count: int) -> list[int]:
+        """Up to `count` tokens after the tokens of a slot, of which the trunk has read all but the last."""
+        rows, guess = len(tokens) - 1, list(tokens)
         if rows == 0:
-            return drafts, guesses
-        below = self.hidden
-        for drafter in self.drafters[:count]:
-            drafter.advance(self.gpt, below, guess, rows)
-            below = drafter.hidden
-            guesses.append(self._distribution(below[rows - 1], sampling))
-            drafts.append(int(draw_tokens(guesses[-1][None], [generator])))
-            guess.append(drafts[-1])
-        return drafts, guesses
+            return []
+        same = common(self.seen[slot], tokens)
+        for depth, lengths in enumerate(self.lengths):
+            # row t has read token t + depth + 1, which must be one that stays
+            lengths[slot] = min(lengths[slot], max(0, same - depth - 1))
+        for depth, head in enumerate(self.heads[:count]):
+            start = self.lengths[depth][slot]
+            if start < rows:
+                self._advance(depth, head, slot, guess, start, rows)
+            self.lengths[depth][slot] = rows
+            logits = self.gpt.logits(self.hidden[depth + 1, slot, rows - 1])[: self.vocab_limit]
+            guess.append(int(logits.argmax()))
+        self.seen[slot] = guess
+        return guess[len(tokens) :]
 
-    def _verify(
-        self,
-        tokens: Sequence[int],
-        drafts: Sequence[int],
-        guesses: Sequence[Tensor],
-        sampling: Sampling,
-        generator: torch.Generator,
-    ) -> list[int]:
-        """One pass of the trunk over the last token and the drafts: the accepted drafts and one token of its own."""
-        start = self.trunk.length
-        fed = torch.tensor([[tokens[-1], *drafts]], device=self.hidden.device)
-        hidden = self.trunk.hidden(fed)[0]  # (1 + drafts, d)
-        truth = self._distribution(hidden, sampling)  # (1 + drafts, V)
-        new = accept(truth, drafts, guesses, generator)
-        accepted = len(new) - 1
-        self.statistics.drafted += len(drafts)
-        self.statistics.accepted += accepted
-        self.trunk.truncate(start + 1 + accepted)
-        self.hidden[start : start + 1 + accepted] = hidden[: 1 + accepted]
-        for drafter in self.drafters:
-            # row t of a head has read token t + depth + 1, which must be one that stays
-            valid = start + 1 + accepted - drafter.depth - 1
-            drafter.cache.length = max(0, min(drafter.cache.length, valid))
-        return new
+    def _advance(
+        self, depth: int, head: SequentialHead, slot: int, tokens: Sequence[int], start: int, rows: int
+    ) -> None:
+        """Compute the rows of a head from `start` up to `rows`."""
+        gpt, cache = self.gpt, self.caches[depth]
+        following = torch.tensor([tokens[start + depth + 1 : rows + depth + 1]], device=self.hidden.device)
+        cache.rows, cache.starts = [slot], [start]
+        below, square = self.hidden[depth, slot, start:rows], square_of(gpt.lane(following))
+        made = head(below[None], gpt.embed(following), gpt.cos[start:rows], gpt.sin[start:rows], cache, square=square)
+        self.hidden[depth + 1, slot, start:rows] = made[0]
+
+
+def common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens with which both begin."""
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return min(len(first), len(second))
+
+
+def drafting_backend(
+    gpt: GPT,
+    heads: Sequence[SequentialHead],
+    slots: int,
+    context: int,
+    vocab_limit: int | None = None,
+    *,
+    measured: bool = True,
+) -> TorchBackend:
+    """A backend with a drafter.
+
+    measured: find out what a pass with drafts costs here, so that requests whose drafts are too rarely right go on
+    without, and nothing is drafted where it could not pay. What is written does not depend on it.
+    """
+    backend = TorchBackend(gpt, slots, context, vocab_limit, Drafter(gpt, heads, slots, context, vocab_limit))
+    if measured:
+        backend.draft_cost = relative_cost(backend)
+        if backend.draft_cost >= 1 + len(heads):
+            backend.drafter, backend.drafts = None, 0
+    return backend
+
+
+def relative_cost(backend: TorchBackend, length: int = 32, repeats: int = 7) -> float:
+    """What a pass with drafts takes, as a multiple of one without: the median of alternating trials after `length`
+    tokens; 0 where the context is too short to try.
+    """
+    drafts = backend.drafts
+    length = min(length, backend.context - 1 - drafts)
+    if length < 1:
+        return 0.0
+    backend.prefill(0, 0, [0] * length)
+    ratios = []
+    for trial in range(1 + repeats):
+        start = time.perf_counter()
+        backend.decode([0], [length], [0])
+        plain = time.perf_counter()
+        # another last token each time, so that every head has a row to compute
+        fed = [0] * length + [trial % backend.vocab_size]
+        fed += backend.draft(0, fed, drafts)
+        count = len(fed) - length
+        backend.decode([0] * count, list(range(length, len(fed))), fed[length:])
+        ratios.append((time.perf_counter() - plain) / (plain - start))
+    return median(ratios[1:])  # the first pass allocates

@@ -226,6 +226,7 @@ def _add_information(app: FastAPI, server: Server) -> None:
                 "context": model.backend.context,
                 "vocab_size": model.codec.vocab_size,
                 "slots": model.backend.slots,
+                "drafts": model.backend.drafts,
                 "chat": model.is_chat,
             },
         }

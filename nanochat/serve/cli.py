@@ -11,7 +11,7 @@ from pathlib import Path
 from nanochat.console import Parser, count, count_or_zero, one_of, seconds
 from nanochat.errors import UserError
 from nanochat.inference.options import pick_device
-from nanochat.serve.models import BACKENDS, Settings, load_model
+from nanochat.serve.models import BACKENDS, SPECULATE, Settings, load_model
 from nanochat.zoo.store import RUN_HELP
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -37,6 +37,12 @@ def add_loading(options: argparse.ArgumentParser, slots: int | None, auto: str =
     else:
         options.add_argument("--parallel", type=count, default=slots, help=f"answers written at once ({slots})")
     options.add_argument("--context", type=count, help="tokens of each of them (the model's own)")
+    options.add_argument(
+        "--speculate",
+        type=one_of(SPECULATE),
+        default="auto",
+        help="draft with the heads of +mtp=on, verify with the network: on, off, or auto: where it pays (auto)",
+    )
     options.add_argument("--checkpoint", default="last", metavar="STEP", help="of a run: last, or a step that was kept")
     options.add_argument("--device", default="auto", help="cpu, or cuda or mps with the torch backend (auto)")
 
@@ -44,14 +50,21 @@ def add_loading(options: argparse.ArgumentParser, slots: int | None, auto: str =
 def settings_of(options: argparse.Namespace) -> Settings:
     """The `Settings` that the options of `add_loading` describe; raises `UserError`.
 
-    A device that is asked for is one of the torch backend, so `--backend auto` means that one then.
+    What is asked for and only the torch backend has makes `--backend auto` mean that one.
     """
     device, backend = pick_device(options.device), options.backend
-    if options.device != "auto" and device.type != "cpu":
-        if backend == "llama.cpp":
-            raise UserError(f"--backend llama.cpp runs on the CPU: leave --device {options.device} out.")
-        backend = "torch"
-    return Settings(backend, options.parallel, options.context, device, options.checkpoint)
+    needs = [f"--device {options.device}"] if options.device != "auto" and device.type != "cpu" else []
+    needs += ["--speculate on"] if options.speculate == "on" else []
+    if needs and backend == "llama.cpp":
+        raise UserError(f"{needs[0]} needs the torch backend, not --backend llama.cpp.")
+    return Settings(
+        "torch" if needs else backend,
+        options.parallel,
+        options.context,
+        device,
+        options.checkpoint,
+        speculate=options.speculate,
+    )
 
 
 def parser() -> Parser:

@@ -10,15 +10,12 @@ from dataclasses import replace
 
 from nanochat.console import Parser, count
 from nanochat.errors import UserError
-from nanochat.export.open_run import open_run
-from nanochat.inference.engine import encode_prompt, inference_copy
 from nanochat.inference.options import add_sampling, sampling_of
 from nanochat.inference.sampling import Sampling
 from nanochat.inference.scheduler import Request, Scheduler, Token
-from nanochat.inference.speculative import Speculator, heads_of
 from nanochat.inference.stream import StopStrings, TextStream, show
 from nanochat.serve.cli import add_loading, settings_of
-from nanochat.serve.models import Model, Settings, load_model
+from nanochat.serve.models import Model, load_model
 from nanochat.zoo.store import RUN_HELP
 
 MOST_SLOTS = 8
@@ -37,9 +34,6 @@ def parser() -> Parser:
     )
     options.add_argument("--seed", type=int, help="repeat a result (default: a new one each time)")
     options.add_argument("--count", type=count, default=1, help="continuations (1)")
-    options.add_argument(
-        "--speculative", action="store_true", help="draft with the heads of +mtp=on, verify with the network"
-    )
     add_loading(options, None, "torch for what nanochat wrote, llama.cpp for other files")
     return options
 
@@ -84,11 +78,9 @@ def main(argv: Sequence[str]) -> int:
     # bytes that are not UTF-8 arrive as lone surrogates, which a tokenizer cannot take
     prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-    settings = replace(settings_of(options), slots=min(options.count, MOST_SLOTS), own_first=True)
-    if options.speculative:
-        _speculate(options, settings, prompt, sampling, seed)
-        return 0
-    model = load_model(options.run, settings)
+    # drafts are for one continuation at a time
+    slots = 1 if options.speculate == "on" else min(options.count, MOST_SLOTS)
+    model = load_model(options.run, replace(settings_of(options), slots=slots, own_first=True))
     try:
         _continue(model, options, prompt, sampling, seed)
     finally:
@@ -131,28 +123,8 @@ def _continue(model: Model, options: argparse.Namespace, prompt: str, sampling: 
     if failures:
         raise UserError(failures[0])
     texts.finish(seed)
-
-
-def _speculate(options: argparse.Namespace, settings: Settings, prompt: str, sampling: Sampling, seed: int) -> None:
-    """The continuations one after the other, by the heads of a run."""
-    if sampling.adjusts:
-        raise UserError("--speculative does not work together with --repetition-penalty.")
-    if settings.backend == "llama.cpp":
-        raise UserError("--speculative needs the torch backend; leave --backend llama.cpp out.")
-    run = open_run(options.run, settings.checkpoint, settings.device)
-    heads, tokenizer = heads_of(run), run.tokenizer
-    ids = encode_prompt(tokenizer, prompt)
-    _note_length(ids, run.config.seq_len)
-    speculator = Speculator(inference_copy(run.gpt), heads, tokenizer.vocab_size)
-    texts = Continuations(tokenizer.decode, prompt, options.count, options.stop)
-    for index in range(options.count):
-        for token in speculator.generate(
-            ids, options.max_tokens, sampling, seed=seed + index, stop_id=tokenizer.eot_id
-        ):
-            if texts.push(index, token):
-                break
-    texts.finish(seed)
-    print(speculator.statistics, file=sys.stderr)
+    if options.speculate == "on":
+        print(scheduler.drafting, file=sys.stderr)
 
 
 def _note_length(ids: Sequence[int], context: int) -> None:

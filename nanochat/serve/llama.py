@@ -31,6 +31,7 @@ class LlamaBackend:
     """
 
     name = "llama.cpp"
+    drafts, draft_cost = 0, 0.0
 
     def __init__(
         self,
@@ -66,6 +67,9 @@ class LlamaBackend:
 
     def truncate(self, slot: int, length: int) -> bool:
         return self.model.forget(slot, length)
+
+    def draft(self, slot: int, tokens: Sequence[int], count: int) -> list[int]:
+        return []
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from nanochat.serve.answers import Answer
 from nanochat.serve.engine import Engine
@@ -36,7 +36,7 @@ class Metrics:
         self.registry.register(self)  # type: ignore[arg-type]
 
     def collect(self):
-        """Prometheus asks for the gauges here."""
+        """Prometheus asks here for what the engines count."""
         for name, text, of in (
             ("nanochat_requests_waiting", "Requests without a slot.", lambda engine: engine.waiting),
             ("nanochat_requests_running", "Requests with a slot.", lambda engine: engine.running),
@@ -46,6 +46,12 @@ class Metrics:
             for model, engine in self._engines.items():
                 family.add_metric((model,), of(engine))
             yield family
+        drafts = CounterMetricFamily("nanochat_drafts", "Drafted tokens by result.", labels=("model", "result"))
+        for model, engine in self._engines.items():
+            found = engine.scheduler.drafting
+            drafts.add_metric((model, "accepted"), found.accepted)
+            drafts.add_metric((model, "rejected"), found.drafted - found.accepted)
+        yield drafts
 
     def answered(self, answer: Answer, end: float) -> None:
         """Count an answer that has ended at `end` on the clock of `Request.submitted`."""

@@ -23,12 +23,16 @@ from nanochat.export.gguf_reader import GGUFFile
 from nanochat.export.gguf_tensors import OWN
 from nanochat.inference.engine import inference_copy
 from nanochat.inference.slots import Backend, TorchBackend
+from nanochat.inference.speculative import build_heads, drafting_backend
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.serve.codec import Codec, LlamaCodec, RunCodec
 from nanochat.serve.llama import LlamaBackend
 from nanochat.serve.template import ChatTemplate, template_of
 from nanochat.zoo.store import located
 
 BACKENDS = ("auto", "torch", "llama.cpp")
+SPECULATE = ("auto", "on", "off")
 
 
 @dataclass
@@ -64,7 +68,8 @@ class Settings:
     """How models are loaded.
 
     `context`: tokens of each slot, None for the model's own. `own_first`: the backend `auto` takes our engine for what
-    nanochat wrote, also where llama.cpp could run it.
+    nanochat wrote, also where llama.cpp could run it. `speculate`: whether the heads of multi-token prediction draft,
+    `auto` where that pays.
     """
 
     backend: str = "auto"
@@ -73,6 +78,7 @@ class Settings:
     device: torch.device | str = "cpu"
     checkpoint: str = "last"
     own_first: bool = False
+    speculate: str = "auto"
 
 
 def load_model(path: str | Path, settings: Settings | None = None, name: str | None = None) -> Model:
@@ -110,7 +116,36 @@ def _backend_of(run: Run, settings: Settings) -> tuple[Backend, str]:
             if settings.backend == "llama.cpp":
                 raise
             note = f"not with llama.cpp: {error}"
-    return TorchBackend(inference_copy(run.gpt), settings.slots, context, limit), note
+    gpt = inference_copy(run.gpt)
+    return _torch_backend(gpt, run.config, run.objectives, settings, context, limit, run.folder), note
+
+
+def _torch_backend(
+    gpt: GPT,
+    config: GPTConfig,
+    objectives: Mapping[str, torch.Tensor],
+    settings: Settings,
+    context: int,
+    limit: int,
+    source: Path,
+) -> TorchBackend:
+    """Our engine, with the drafts of the heads of multi-token prediction where `settings.speculate` says so."""
+    heads = []
+    if settings.speculate != "off":
+        try:
+            heads = build_heads(config, objectives, gpt.embedding.weight.dtype)
+        except UserError:  # heads that cannot draft
+            if settings.speculate == "on":
+                raise
+    if heads:
+        measured = settings.speculate == "auto"
+        return drafting_backend(gpt, heads, settings.slots, context, limit, measured=measured)
+    if settings.speculate == "on":
+        raise UserError(
+            f"{source} has no heads that could draft: it was trained without +mtp=on (kind sequential). "
+            "Leave --speculate out."
+        )
+    return TorchBackend(gpt, settings.slots, context, limit)
 
 
 def _context(settings: Settings, longest: int) -> int:
@@ -176,8 +211,8 @@ def _load_file(path: Path, settings: Settings, name: str) -> Model:
         raise UserError(f"stock llama.cpp cannot run {path}: it was exported with --to nanochat; use --backend torch.")
     if settings.backend == "torch" and not readable:
         raise UserError(
-            f"{path} was not written by nanochat, so llama.cpp alone can run it, on the CPU: leave --backend and "
-            "--device out."
+            f"{path} was not written by nanochat, so llama.cpp alone can run it, on the CPU and without drafts: leave "
+            "--backend, --device and --speculate out."
         )
     if settings.checkpoint != "last":
         raise UserError(f"--checkpoint {settings.checkpoint} names a step of a run folder, and {path} is a file.")
@@ -221,7 +256,7 @@ def _llama_file(path: Path, settings: Settings, name: str, source: object) -> Mo
 
 def _own_file(path: Path, settings: Settings, name: str, source: object) -> Model:
     """A GGUF file that nanochat wrote, in our own engine."""
-    from nanochat.export.read_back import network, read_export
+    from nanochat.export.read_back import latent_weights, network, read_export
 
     exported = read_export(path)
     if exported.tokenizer is None:
@@ -230,7 +265,10 @@ def _own_file(path: Path, settings: Settings, name: str, source: object) -> Mode
     gpt = network(exported).to(settings.device)
     context = _context(settings, exported.config.seq_len)
     template = ChatTemplate(source, own=True) if isinstance(source, str) else ChatTemplate()
-    return Model(name, TorchBackend(gpt, settings.slots, context, codec.vocab_size), codec, template, str(path))
+    objectives = latent_weights(exported)[1] if exported.objectives and settings.speculate != "off" else {}
+    objectives = {key: tensor.to(settings.device) for key, tensor in objectives.items()}
+    backend = _torch_backend(gpt, exported.config, objectives, settings, context, codec.vocab_size, path)
+    return Model(name, backend, codec, template, str(path))
 
 
 def _tokenizer(text: str) -> Tokenizer:

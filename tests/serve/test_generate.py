@@ -131,7 +131,7 @@ def test_without_llama_cpp(files, stranger, capsys, monkeypatch):
     for options, message in (
         (["--backend", "torch"], "llama.cpp alone can run it"),
         (["--checkpoint", "3"], "--checkpoint 3 names a step of a run folder"),
-        (["--speculative"], "was not written by nanochat"),
+        (["--speculate", "on"], "was not written by nanochat"),
     ):
         assert cli.main(["generate", str(stranger), *options]) == 2
         assert message in capsys.readouterr().err
