@@ -170,6 +170,27 @@ class Owners:
                 yield owner, part
 
 
+def scatter_rows(whole: Tensor | None, own: Tensor, counts: Sequence[int]) -> None:
+    """Give each rank its rows of a tensor that rank 0 has.
+
+    Args:
+        whole: on rank 0.
+        own: this rank's rows, which are written.
+        counts: of rows, by ranks.
+    """
+    if whole is None:
+        if own.numel():
+            received = torch.empty(own.shape, dtype=own.dtype)
+            dist.recv(_bytes(received), 0)
+            own.copy_(received)
+        return
+    for rank, rows in enumerate(whole.split(list(counts))):
+        if rank == 0:
+            own.copy_(rows)
+        elif rows.numel():
+            dist.send(_bytes(rows.cpu()), rank)
+
+
 def gather_states(states: dict[str, dict], split: Container[str] = ()) -> dict[str, dict] | None:
     """The states of all ranks by parameter name, on the CPU of rank 0; None elsewhere.
 

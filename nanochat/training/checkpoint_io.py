@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
+from nanochat import ranks
 from nanochat.checkpoint import read_checkpoint
 from nanochat.files import atomic_write
 
@@ -37,7 +38,9 @@ class WholeFileIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_checkpoint(path, mmap=False)  # the optimizer keeps tensors of it, and the file is removed one day
+        # several ranks had better not have a copy each; what outlives the file then keeps its pages, where ranks run. A
+        # single one's optimizer keeps tensors of it, and the file is removed one day
+        return read_checkpoint(path, mmap=ranks.world() > 1)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)

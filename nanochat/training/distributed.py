@@ -6,6 +6,7 @@ of each.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.optim import Optimizer
 
 from nanochat import ranks
-from nanochat.optim.distributed import gather_states
-from nanochat.optim.sharded import is_sharded
+from nanochat.optim.distributed import gather_states, scatter_rows
+from nanochat.optim.sharded import is_sharded, part_shapes
 from nanochat.training.module import NanoChatModule
 
 
@@ -73,11 +74,26 @@ class ShardsStrategy(OwnersStrategy):
         if isinstance(self.model, FSDPModule):
             super().model_to_device()
 
+    @torch.no_grad()
     def configure_ddp(self) -> None:
-        super().configure_ddp()
-        assert isinstance(self.model, NanoChatModule)
-        shard(self.model, self.root_device)
+        """Cut the model, which rank 0 alone has, and give each rank its rows."""
+        module = self.model
+        assert isinstance(module, NanoChatModule)
+        whole = {name: parameter.detach() for name, parameter in module.named_parameters()} if not ranks.rank() else {}
+        shard(module, self.root_device)
+        if ranks.rank():
+            module.gpt.to_empty(device=self.root_device)
         self.model_to_device()
+        for name, parameter in module.named_parameters():
+            counts = [shape[0] for shape in part_shapes(parameter, ranks.world())]
+            scatter_rows(whole.pop(name, None), ranks.own_part(parameter), counts)
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Before the model is cut, on the rank that has it."""
+        if not ranks.rank():
+            super().load_model_state_dict(checkpoint, strict)
 
     def on_validation_end(self) -> None:
         """Give back the weights outside of the blocks, which stay gathered after a forward pass without a backward."""

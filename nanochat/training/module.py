@@ -21,6 +21,7 @@ validation adds up on the device and reads its sums at the end.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -62,7 +63,10 @@ class NanoChatModule(lightning.LightningModule):
         self.save_hyperparameters({"cfg": cfg})
         self.cfg = cfg
         config, seed = model_config(cfg), int(cfg.get("seed", 0))
-        self.gpt = GPT(config, seed=seed)
+        # ranks that share the model are sent their parts of rank 0's
+        absent = cfg["trainer"].get("strategy") == "fsdp2" and ranks.rank() > 0
+        with torch.device("meta") if absent else contextlib.nullcontext():
+            self.gpt = GPT(config, seed=seed)
         loss = {k: v for k, v in (cfg.get("loss") or {}).items() if not k.startswith("_")}
         self.objectives = nn.ModuleDict({"next_token": NextToken(config, seed=seed, **loss)})
         for name, node in feature_nodes(cfg, Objective).items():

@@ -23,7 +23,9 @@ from nanochat.optim.optimizer import Optimizer, tensor_bytes
 from nanochat.optim.rules import RULES
 from nanochat.optim.sharded import part_shapes
 from nanochat.rank import work
+from nanochat.training import distributed
 from nanochat.training.launcher import Job
+from nanochat.training.module import NanoChatModule
 from tests.ranks.pools import Pool, close, job_of, numbers, train_on
 from tests.ranks.test_agreement import COLLIDER, MTP, RUN, WIDE, compare
 from tests.ranks.test_launcher import children, command, environment, wait_for
@@ -105,7 +107,7 @@ class Held:
     """A run that counts the bytes of this rank's tensors in its last step, and what it hands to collectives there."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.job, self.built = job, 0
 
     def __call__(self) -> Counter[str]:
         found, open_ = Counter[str](), []
@@ -140,11 +142,19 @@ class Held:
 
             return counted
 
+        cut = distributed.shard
+
+        def shard(module: NanoChatModule, device: torch.device) -> None:
+            self.built = sum(parameter.nbytes for parameter in module.parameters() if not parameter.is_meta)
+            cut(module, device)
+
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distributed, "shard", shard)
             patch.setattr(Optimizer, "step", step)
             for name in (GATHER, SCATTER, EXCHANGE):
                 patch.setattr(dist, name, counting(name, getattr(dist, name)))
             work(self.job)
+        found["built"] = self.built
         return found
 
 
@@ -160,6 +170,7 @@ def test_each_rank_holds_its_part_alone(place: Path, request: pytest.FixtureRequ
         weights, saved = state["state_dict"], state["optimizer_states"][0]["state"]
         whole = sum(4 * value.numel() for value in weights.values())
         states = sum(tensor_bytes(one) for one in saved.values())
+        assert [one["built"] for one in found] == [whole, *[0] * (count - 1)]
         for one in found:  # but for what fills the last rows up
             assert one["weights"] == pytest.approx(whole / count, rel=0.02)
             assert one["gradients"] == pytest.approx(whole / count, rel=0.02)
