@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -62,11 +63,30 @@ def read_chat_template(folder: Path) -> str | None:
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """A run's summary.json; `{}` when there is none, or none that can be read."""
+    return read_mapping(folder / "summary.json")
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping of a JSON file; `{}` when there is none, or none that can be read."""
     try:
-        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def as_float(value: Any) -> float | None:
+    """What a run wrote as a number, finite or not; None of anything else, such as a cell that is empty or damaged."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def as_number(value: Any) -> float | None:
+    """A finite number, None of anything else."""
+    found = as_float(value)
+    return found if found is not None and math.isfinite(found) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from nanochat.console import Parser, clock_time, seconds
 from nanochat.errors import UserError
 from nanochat.files import shown
 from nanochat.reports.table import Table
-from nanochat.run_folder import HEARTBEAT, last_rows, read_summary, whole_rows
+from nanochat.run_folder import HEARTBEAT, as_number, last_rows, read_mapping, read_summary, whole_rows
 
 TAIL = 1 << 18
 """bytes at the end of a metrics.csv that are read for its latest numbers"""
@@ -54,7 +53,7 @@ def describe(folder: Path) -> dict[str, Any]:
     state = _state(folder, beat, summary)
     if state == "killed" and not (beat or summary or rows) and _has_content(folder, "summary.json", "metrics.csv"):
         state = "unreadable"
-    left = _number(beat.get("seconds_left")) if state == "running" else None
+    left = as_number(beat.get("seconds_left")) if state == "running" else None
     step = _whole(beat.get("step"))
     if step is None:
         step = _whole(summary.get("step"))
@@ -67,7 +66,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "step": step,
         "max_steps": _whole(beat.get("max_steps")) or _planned_steps(folder),
         "loss": sum(losses) / len(losses) if losses else None,
-        "val/bpb": bpbs[-1] if bpbs else _number(summary.get("val/bpb")),
+        "val/bpb": bpbs[-1] if bpbs else as_number(summary.get("val/bpb")),
         "tokens_per_second": len(speeds) / sum(1.0 / max(speed, 1e-9) for speed in speeds) if speeds else None,
         "seconds_left": max(0.0, left - (time.time() - beat["time"])) if left is not None else None,
         "bytes": disk_bytes(folder),
@@ -97,11 +96,8 @@ def _state(folder: Path, beat: dict[str, Any], summary: dict[str, Any]) -> str:
 
 
 def _heartbeat(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / HEARTBEAT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    beat = _number(found.get("time")) if isinstance(found, dict) else None
+    found = read_mapping(folder / HEARTBEAT)
+    beat = as_number(found.get("time"))
     return {} if beat is None else {**found, "time": beat}
 
 
@@ -137,21 +133,12 @@ def _has_content(folder: Path, *names: str) -> bool:
 
 def _numbers(rows: list[dict[str, str]], name: str) -> list[float]:
     """The numbers of a column; a row without one is left out."""
-    found = (_number(row.get(name)) for row in rows)
+    found = (as_number(row.get(name)) for row in rows)
     return [number for number in found if number is not None]
 
 
-def _number(value: Any) -> float | None:
-    """A finite number, None of anything else."""
-    try:
-        found = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return found if math.isfinite(found) else None
-
-
 def _whole(value: Any) -> int | None:
-    found = _number(value)
+    found = as_number(value)
     return None if found is None else int(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from nanochat.run import train
-from nanochat.run_folder import point_latest
+from nanochat.run_folder import as_float, as_number, point_latest
 from nanochat.training.module import NanoChatModule
 from tests.runs import configure
 from tests.training.callbacks.short_runs import BARE
@@ -53,3 +54,17 @@ def test_latest_moves_when_there_is_something_to_show(tmp_path: Path, monkeypatc
     monkeypatch.setattr(NanoChatModule, "training_step", training_step)
     train(configure(place, [*BARE, "trainer.max_steps=4"]), outputs / "two")
     assert seen == ["one", "one", "two", "two"]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("1.5", 1.5), (2, 2.0), ("", None), (None, None), ("1.", 1.0), ("x", None), ([], None)]
+)
+def test_numbers_of_a_run(text: Any, number: float | None) -> None:
+    assert as_number(text) == as_float(text) == number
+
+
+def test_numbers_that_are_not_finite() -> None:
+    for text in ("nan", "inf", "-inf", 10**400):
+        assert as_number(text) is None
+    assert as_float("inf") == math.inf
+    assert as_float(10**400) is None

@@ -34,7 +34,7 @@ from nanochat.reports.header import (
     tokens_per_step,
 )
 from nanochat.reports.loggers import log_summary
-from nanochat.run_folder import read_metrics
+from nanochat.run_folder import as_float, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class RunReport:
         rows = read_metrics(self.folder / "metrics.csv")
         metrics: dict[str, float] = {}
         for row in rows:
-            metrics.update({k: float(v) for k, v in row.items() if k != "step" and v != ""})
+            metrics.update({k: v for k, text in row.items() if k != "step" and (v := as_float(text)) is not None})
         speeds = [speed for _, speed in curve(rows, "train/tokens_per_second")][-200:]
         if speeds:  # one step's is noise
             metrics["train/tokens_per_second"] = len(speeds) / sum(1.0 / max(s, 1e-9) for s in speeds)

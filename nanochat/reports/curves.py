@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from pathlib import Path
 
 from nanochat.files import atomic_write
-from nanochat.run_folder import read_metrics
+from nanochat.run_folder import as_number, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +42,8 @@ def plot_loss(folder: Path) -> None:
 
 def curve(rows: list[dict[str, str]], name: str) -> list[tuple[int, float]]:
     """(step, value) of the rows where a column has a finite number."""
-    points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-    return [(step, value) for step, value in points if math.isfinite(value)]
+    points = [(int(row["step"]), as_number(row.get(name))) for row in rows]
+    return [(step, value) for step, value in points if value is not None]
 
 
 def thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

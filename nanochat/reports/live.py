@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nanochat import run_lock
-from nanochat.run_folder import read_last_row, read_summary
+from nanochat.run_folder import as_float, read_last_row, read_summary
 
 ORDER = ("running", "failed", "stopped", "pruned", "finished", "waiting")
 """which lines are kept where there is no room for all"""
@@ -80,7 +80,5 @@ class LiveTable:
 
 
 def _short(value: Any) -> str:
-    try:
-        return f"{float(value):.4f}"
-    except (TypeError, ValueError):
-        return ""
+    number = as_float(value)
+    return "" if number is None else f"{number:.4f}"

@@ -16,8 +16,9 @@ from nanochat.config.schema import choices
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
 from nanochat.reports import wandb_account, wandb_files
+from nanochat.reports.curves import curve
 from nanochat.reports.header import tokens_per_step
-from nanochat.run_folder import read_metrics, read_summary
+from nanochat.run_folder import as_float, read_mapping, read_metrics, read_summary
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class WandbLogger(LightningLogger):
             UserError: the folder cannot be written.
         """
         self._folder, self._tokens = folder, tokens_per_step(plain)
-        known = self._own(_read_record(folder)) if plain.get("ckpt_path") is not None else None
+        known = self._own(read_mapping(folder / RECORD)) if plain.get("ckpt_path") is not None else None
         if known is not None:
             self._id = self._wandb_init["id"] = known
             self._best = _best_of(folder)
@@ -180,7 +181,7 @@ class WandbLogger(LightningLogger):
         """Log the rows of metrics.csv before this one that a kill has lost on their way to W&B."""
         assert self._folder is not None
         for row in read_metrics(self._folder / "metrics.csv"):
-            metrics = {name: float(value) for name, value in row.items() if value and name != "step"}
+            metrics = {k: v for k, text in row.items() if k != "step" and (v := as_float(text)) is not None}
             if int(row["step"]) < step or (int(row["step"]) == step and not kinds & _kinds(metrics)):
                 self._log(metrics, int(row["step"]))
 
@@ -235,7 +236,7 @@ def log_files(folder: Path, files: Sequence[Path], offline: bool) -> list[str]:
     """
     import wandb
 
-    record = _read_record(folder)
+    record = read_mapping(folder / RECORD)
     if not record:
         raise UserError(f"{folder} is not the folder of a run that was logged to W&B: it has no {RECORD}.")
     if missing := [path for path in files if not path.is_file()]:
@@ -268,16 +269,8 @@ def _kinds(row: Mapping[str, Any]) -> set[str]:
     return found | ({"train"} if not found or any(name.startswith("train/") for name in row) else set())
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _best_of(folder: Path) -> dict[str, float]:
     """The best validations of a run so far."""
     rows = read_metrics(folder / "metrics.csv")
-    columns = {name: [float(row[name]) for row in rows if row.get(name)] for name in ("val/bpb", "val/loss")}
-    return {name: min(found) for name, column in columns.items() if (found := [v for v in column if v == v])}
+    columns = {name: [value for _, value in curve(rows, name)] for name in ("val/bpb", "val/loss")}
+    return {name: min(found) for name, found in columns.items() if found}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import yaml
 from nanochat import run_lock
 from nanochat.errors import UserError
 from nanochat.files import shown
-from nanochat.run_folder import read_metrics, read_summary
+from nanochat.run_folder import as_number, read_metrics, read_summary
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 RUN_FILES = ("config.yaml", "summary.json", "metrics.csv")
@@ -74,7 +73,7 @@ class Run:
     def number(self, key: str) -> float | None:
         """A finite number of its summary."""
         value = self.summary.get(key)
-        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+        return as_number(value) if isinstance(value, int | float) else None
 
     @cached_property
     def tokens_per_step(self) -> float:
@@ -86,7 +85,7 @@ class Run:
         """(step, seconds of training until then): validating, sampling and saving are left out."""
         passed, before, result = 0.0, 0, []
         for row in self.rows:
-            if (speed := _float(row.get("train/tokens_per_second"))) is not None and speed > 0:
+            if (speed := as_number(row.get("train/tokens_per_second"))) is not None and speed > 0:
                 step = int(row["step"])
                 passed += (step - before) * self.tokens_per_step / speed
                 before = step
@@ -96,7 +95,7 @@ class Run:
     @cached_property
     def tokens_per_second(self) -> float | None:
         """Median over the later half of the run, when warm-ups are over."""
-        speeds = [_float(row.get("train/tokens_per_second")) for row in self.rows]
+        speeds = [as_number(row.get("train/tokens_per_second")) for row in self.rows]
         known = [speed for speed in speeds if speed is not None]
         return median(known[len(known) // 2 :]) if known else self.number("train/tokens_per_second")
 
@@ -347,11 +346,3 @@ def text_of(run: Run) -> str:
         parts["tokenizer"] = run.config.get("tokenizer")
     parts["documents"] = re.findall(r"[\d,]+ documents of [\d.]+ MB|[\d,]+ of [\d.]+ MB", said)
     return json.dumps(parts, sort_keys=True, default=str)
-
-
-def _float(text: str | None) -> float | None:
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None

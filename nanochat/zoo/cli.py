@@ -101,7 +101,7 @@ def _list(options: argparse.Namespace) -> None:
     if options.source is None:
         for name in store.names():
             try:
-                folder, manifest = store.find(name)
+                folder, manifest = store.find(name, hashes=False)  # whoever uses a model checks all of it
                 rows.append((manifest, "packaged" if folder.parent == store.PACKAGED else shown(folder)))
             except UserError as error:
                 print(f"note: {error}", file=sys.stderr)

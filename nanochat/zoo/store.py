@@ -32,8 +32,8 @@ def names() -> list[str]:
     return sorted({path.parent.name for folder in folders() for path in folder.glob(f"*/{MANIFEST}")})
 
 
-def find(name: str) -> tuple[Path, Manifest]:
-    """A model's folder and manifest, its files compared with their hashes.
+def find(name: str, hashes: bool = True) -> tuple[Path, Manifest]:
+    """A model's folder and manifest, its files compared with their hashes, or else with their sizes alone.
 
     Raises `UserError` for a name that is not on this machine, and for a folder that is damaged.
     """
@@ -44,7 +44,7 @@ def find(name: str) -> tuple[Path, Manifest]:
             manifest = read_manifest(folder)
             if manifest.name != name:
                 raise UserError(f"{folder} holds a model of another name, {manifest.name!r}.")
-            check_files(folder, manifest)
+            check_files(folder, manifest, hashes)
             return folder, manifest
     raise UserError(
         f"there is no model {name!r} in the zoo on this machine{did_you_mean(name, names())} "

@@ -28,6 +28,16 @@ def test_add_list_card(run_folder, zoo, capsys):
     row = capsys.readouterr().out.splitlines()[1]
     assert row.startswith("small")
     assert "1.52 (1.51 to 1.53)" in row
+    weights = zoo / "small" / "small.gguf"
+    content = weights.read_bytes()
+    for damaged, listed in ((content[:-1] + bytes([content[-1] ^ 1]), True), (content[:-1], False)):
+        weights.write_bytes(damaged)  # a list compares sizes; whoever uses the model compares hashes
+        assert main(["zoo", "list"]) == 0
+        out, err = capsys.readouterr()
+        assert ("small" in out, "its size is not the manifest's" in err) == (listed, not listed)
+        assert main(["zoo", "card", "zoo:small"]) == 2
+        assert "its hash is not the manifest's" in capsys.readouterr().err
+    weights.write_bytes(content)
     assert main(["zoo", "card", "zoo:small"]) == 0
     card = capsys.readouterr().out
     for text in ("license: mit", "| val/bpb | 1.52 | 1.51 to 1.53 | three seeds |", "| gzip -9 | 1.9 |", "PSF-2.0",
