@@ -224,13 +224,13 @@ def load_run(path: str | Path, which: str | int = "last", device: str | torch.de
     checkpoint = read_checkpoint(checkpoint_path)
     state = checkpoint["state_dict"]
     weights = {
-        name.removeprefix(GPT_PREFIX): tensor.to(device)
+        name.removeprefix(GPT_PREFIX): _wide(tensor.to(device))
         for name, tensor in state.items()
         if name.startswith(GPT_PREFIX)
     }
     gpt = build_gpt(config, weights, source=checkpoint_path).eval()
     objectives = {
-        name.removeprefix(OBJECTIVES_PREFIX): tensor.to(device)
+        name.removeprefix(OBJECTIVES_PREFIX): _wide(tensor.to(device))
         for name, tensor in state.items()
         if name.startswith(OBJECTIVES_PREFIX)
     }
@@ -240,6 +240,11 @@ def load_run(path: str | Path, which: str | int = "last", device: str | torch.de
     }
     _warn_if_running(folder, meta)
     return Run(folder, checkpoint_path, gpt, config, objectives, meta)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    """In float32 what was trained in bfloat16: the same numbers, as everything that reads a run expects them."""
+    return weight.float() if weight.dtype == torch.bfloat16 else weight
 
 
 def _warn_if_running(folder: Path, meta: dict[str, Any]) -> None:

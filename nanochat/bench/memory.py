@@ -29,6 +29,7 @@ CONFIGURATIONS = {
     "d20": ["experiment=d20", "data.batch_size=8"],
     "d20, Collider, Muon 8-bit": ["experiment=d20", "data.batch_size=8", "optim=muon8bit", "+collider=on"],
     "d20, recomputed": ["experiment=d20", "data.batch_size=16", "activation_checkpointing=block"],
+    "d20, weights in bfloat16": ["experiment=d20", "data.batch_size=8", "weights=bfloat16"],
     "tiny, bf16-mixed": ["experiment=tiny", "data.batch_size=16", "trainer.precision=bf16-mixed"],
     "test-8bit": ["experiment=test-8bit"],
     "nano-125m": ["experiment=nano-125m", "data.batch_size=1", "trainer.accumulate_grad_batches=2"],

@@ -56,6 +56,7 @@ AT_LEAST_ONE = ("trainer.accumulate_grad_batches", "trainer.max_steps")
 NOT_NEGATIVE = ("trainer.gradient_clip_val", "optim.lr", "optim.weight_decay")
 CHECKPOINTING = ("none", "feedforward", "every_other", "block")
 """`nanochat.model.checkpointing.MODES`, without torch"""
+WEIGHTS = ("float32", "bfloat16", "bfloat16-master")
 DEVICES = ("auto", "cpu", "cuda", "gpu", "mps")
 EARLY_STOPPING = "nanochat.training.callbacks.early_stopping.EarlyStopping"
 
@@ -94,6 +95,11 @@ def plain_keys(values: Values) -> Iterator[Problem]:
     if mode is not None and mode not in CHECKPOINTING:
         hint = did_you_mean(str(mode), CHECKPOINTING)
         yield Problem("activation_checkpointing", f"activation_checkpointing={mode} is unknown{hint}")
+    kind = values.get("weights")
+    if kind is not None and kind not in WEIGHTS:
+        yield Problem("weights", f"weights={kind} is unknown{did_you_mean(str(kind), WEIGHTS)}")
+    elif kind not in (None, "float32") and (ranks := rank_count({"trainer": values.node("trainer")})) > 1:
+        yield Problem("weights", f"weights={kind} is for a run on one device, and this one has {ranks} ranks.")
     path = values.get("ckpt_path")
     if path is None or path in ("last", "auto"):
         return

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
-from nanochat.model.autocast import product_dtype
+from nanochat.model.autocast import product_dtype, widened
 from nanochat.model.config import GPTConfig, constant_scales
 from nanochat.model.int8 import int8_linear, row_steps
 
@@ -26,13 +26,14 @@ ACTIVATION_BLOCK = 256  # ggml's Q8_K
 
 def _ternarise_blocks(blocks: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
     """(..., n) -> trits (..., n) and scales (..., 1), both in float32."""
-    scale = blocks.abs().mean(dim=-1, keepdim=True, dtype=torch.float32)
+    blocks = blocks.float()  # of a weight in bfloat16 the same sums as of its export
+    scale = blocks.abs().mean(dim=-1, keepdim=True)
     scale = scale.clamp_(max=SCALE_MAX[scale_format]).to(torch.float16)
     if scale_format == "bfloat16":
         scale = scale.to(torch.bfloat16)  # at most 8 bits of a float16 number are one, subnormal or not
     scale = scale.to(torch.float32)
     # a block whose mean rounds to zero is emptied: its weights are finite, and finite / inf = 0
-    trits = blocks.float().div(scale.masked_fill(scale == 0, torch.inf)).round_().clamp_(-1.0, 1.0)
+    trits = blocks.div(scale.masked_fill(scale == 0, torch.inf)).round_().clamp_(-1.0, 1.0)
     return trits, scale
 
 
@@ -176,7 +177,7 @@ class BitLinear(nn.Module):
     def shipped_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out, in): the weight that the forward pass multiplies by, and that export writes; in its own dtype."""
         if not self.ternary:
-            return self.weight
+            return self.weight if dtype is None else widened(self.weight, dtype)
         trits, scales = self.quantised()
         dtype = dtype or self.weight.dtype
         with torch.no_grad():
@@ -216,5 +217,5 @@ def project(x: Tensor, *linears: BitLinear) -> tuple[Tensor, ...]:
             x, [linear.weight for linear in linears], [t for t, _ in quantised], [s for _, s in quantised]
         )
     h = int8_activation(x, linears[0].activation_scale)
-    dtype = product_dtype(linears[0].weight)
+    dtype = product_dtype(h, linears[0].weight.device)
     return tuple(F.linear(h, linear.shipped_weight(dtype)) for linear in linears)

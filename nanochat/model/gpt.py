@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from nanochat.errors import UserError
 from nanochat.model.attention import Attention, KeyValueCache
+from nanochat.model.autocast import product_dtype, widened
 from nanochat.model.checkpointing import Checkpointed, recomputed
 from nanochat.model.compact_backward import KeptRows, compact
 from nanochat.model.config import GPTConfig
 from nanochat.model.feedforward import FeedForward
 from nanochat.model.hyper_connections import HyperConnection, expand, reduce
+from nanochat.model.low_precision import look_up
 from nanochat.model.norm import RMSNorm
 from nanochat.model.rotary import rope_table
 from nanochat.model.value_embeddings import Lane, make_lane, square_of
@@ -158,7 +160,7 @@ class GPT(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, d), normalised if the model has an embedding norm."""
-        x = self.embedding(tokens)
+        x = look_up(self.embedding, tokens, self.norm.weight.dtype)
         if self.config.embedding_norm:
             x = F.rms_norm(x, (self.config.dim,), eps=self.config.norm_eps)
         return x
@@ -173,7 +175,9 @@ class GPT(nn.Module):
 
     def lane(self, tokens: Tensor) -> Lane | None:
         """The value embeddings of the tokens (B, T); None where the model has none."""
-        return None if self.value_embedding is None else make_lane(self.value_embedding(tokens), self.config)
+        if self.value_embedding is None:
+            return None
+        return make_lane(look_up(self.value_embedding, tokens, self.norm.weight.dtype), self.config)
 
     def trunk(
         self, x: Tensor, lane: Lane | None = None, cache: KeyValueCache | None = None, start: int | Tensor = 0
@@ -200,7 +204,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., V) in float32, soft-capped if the model is."""
-        logits = F.linear(hidden, self.head_weight()).float()
+        logits = F.linear(hidden, widened(self.head_weight(), product_dtype(hidden))).float()
         cap = self.config.softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 

@@ -14,6 +14,7 @@ from nanochat import ranks
 from nanochat.errors import UserError
 from nanochat.optim.distributed import Owners, gather_states
 from nanochat.optim.options import option_fields
+from nanochat.optim.rounding import Rounding
 from nanochat.optim.rule import Group, Rule, State
 from nanochat.optim.schedule import WEIGHT_DECAY_SCHEDULES
 from nanochat.optim.sharded import Shards, is_sharded, part_shapes
@@ -39,6 +40,7 @@ class Optimizer(torch.optim.Optimizer):
             the count. False says that all gradients are known to be finite; None, which it is again after each step,
             that the step has to find out where states are quantised. That costs one host sync, the only one of a step.
         skipped_steps: dropped steps so far, part of the state.
+        rounding: how parameters in bfloat16 are updated; None: as the rules do it. Set before the first step.
 
     The state dict holds tensors, numbers and strings, keyed by parameter name. Over several ranks (`distribute`) each
     parameter's state is with its owner, or, where sharded parameters are updated in parts, split like these;
@@ -49,6 +51,7 @@ class Optimizer(torch.optim.Optimizer):
         self.rules = rules
         self.skip_next: bool | None = None
         self.skipped_steps = 0
+        self.rounding: Rounding | None = None
         self.owners: Owners | None = None
         self._bytes_elsewhere: dict[Tensor, int] = {}
         self._state_bytes: dict[tuple[Any, ...], int] = {}
@@ -131,8 +134,12 @@ class Optimizer(torch.optim.Optimizer):
         for member, parameter in zip(members, parameters, strict=True):
             if not self.state[member]:
                 index = next(i for i, one in enumerate(group["params"]) if one is member)
-                self.state[member] = rule.init(parameter, group, index)
-        rule.step(group, parameters, gradients, [self.state[member] for member in members])
+                self.state[member] = self.init_state(parameter, group, index)
+        states = [self.state[member] for member in members]
+        if self.rounding is None:
+            rule.step(group, parameters, gradients, states)
+        else:
+            self.rounding.step(rule, group, parameters, gradients, states)
         # fused kernels do not: what is kept of a weight until it changes (its trits) goes by its version
         torch.autograd.graph.increment_version(parameters)
 
@@ -184,7 +191,12 @@ class Optimizer(torch.optim.Optimizer):
     def _planned_state(self, group: Group, index: int, parameter: Tensor, shape: torch.Size | None = None) -> State:
         """The state of a parameter, or of a part of it that has some shape, on the meta device."""
         like = torch.empty(shape or parameter.shape, dtype=parameter.dtype, device="meta")
-        return self.rules[group["rule"]].init(like, group, index)
+        return self.init_state(like, group, index)
+
+    def init_state(self, parameter: Tensor, group: Group, index: int) -> State:
+        """The state of a parameter, number `index` of its group, before its first step."""
+        state = self.rules[group["rule"]].init(parameter, group, index)
+        return state if self.rounding is None else state | self.rounding.init(group["names"][index], parameter)
 
     def _own_rows(self, state: State, group: Group, index: int, parameter: Tensor) -> State:
         """A copy of this rank's part of the state of a parameter that is split; empty where it has no rows."""

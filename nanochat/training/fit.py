@@ -121,6 +121,8 @@ def remedies(cfg: dict[str, Any], memory: Memory) -> Iterator[str]:
         smaller = with_batch(cfg, 1, sequences * accumulate)
         change = f"data.batch_size=1 trainer.accumulate_grad_batches={sequences * accumulate}"
         yield _saving(memory, predict(smaller), change)
+    if (cfg.get("weights") or "float32") == "float32":
+        yield _saving(memory, predict({**cfg, "weights": "bfloat16"}), "weights=bfloat16 (a new run)")
     bits = [group.get("rule") for group in cfg["optim"].get("groups", {}).values()]
     if not any("8bit" in str(rule) for rule in bits):
         yield f"an 8-bit optimizer (see optim=) saves about {SAVED_BY_8BIT * memory.parts[STATES] / GIB:.1f} GiB"

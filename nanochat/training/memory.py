@@ -25,7 +25,7 @@ from nanochat.objectives import Step
 from nanochat.objectives.token_filter import TopTokens, kept_count
 from nanochat.training.callbacks.collider import Collider
 from nanochat.training.ledger import GRADIENTS, KINDS, STATES, TRITS, WEIGHTS, Ledger
-from nanochat.training.module import NanoChatModule
+from nanochat.training.module import NanoChatModule, total_norm
 
 linear_cross_entropy = importlib.import_module("nanochat.objectives.linear_cross_entropy")
 """the module, which a function of its own name hides"""
@@ -108,7 +108,7 @@ class Rehearsal:
         """The optimizer's state as of the first step."""
         for group in self.optimizer.param_groups:
             for index, parameter in enumerate(group["params"]):
-                state = self.optimizer.rules[group["rule"]].init(parameter, group, index)
+                state = self.optimizer.init_state(parameter, group, index)
                 self.optimizer.state[parameter] = state
                 values = [value for value in state.values() if isinstance(value, Tensor)]
                 self.ledger.mark(STATES, values, self.sharing)
@@ -144,7 +144,7 @@ class Rehearsal:
         """
         module, optimizer = self.module, self.optimizer
         if clip := self.cfg["trainer"].get("gradient_clip_val"):
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None])
+            norm = total_norm([p.grad for p in self.named.values() if p.grad is not None])
             torch.nn.utils.clip_grads_with_norm_(self.named.values(), clip, norm)
         optimizer.set_progress(1, module.max_steps, module.schedule)
         for group in optimizer.param_groups:

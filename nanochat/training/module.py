@@ -37,13 +37,23 @@ from nanochat.config.features import build_objective, feature_nodes
 from nanochat.model import GPT, GPTConfig
 from nanochat.model.bitlinear import keep_trits
 from nanochat.model.checkpointing import set_checkpointing
+from nanochat.model.low_precision import keep_in_bfloat16
 from nanochat.objectives import IGNORED, NextToken, Objective, Step, linear_cross_entropy
+from nanochat.optim.rounding import Rounding
 from nanochat.training.rng import get_rng_state, set_rng_state
 
 
 def model_config(cfg: dict[str, Any]) -> GPTConfig:
     """The network's configuration out of a resolved run configuration."""
     return GPTConfig.from_dict({k: v for k, v in cfg["model"].items() if not k.startswith("_")})
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm of all of them, in float32 at least."""
+    if all(gradient.dtype != torch.bfloat16 for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 class NanoChatModule(lightning.LightningModule):
@@ -71,6 +81,9 @@ class NanoChatModule(lightning.LightningModule):
         self.objectives = nn.ModuleDict({"next_token": NextToken(config, seed=seed, **loss)})
         for name, node in feature_nodes(cfg, Objective).items():
             self.objectives[name] = build_objective(node, config=config, seed=seed)
+        self.weights = cfg.get("weights") or "float32"
+        if self.weights != "float32":
+            keep_in_bfloat16(self)
         set_checkpointing(self, cfg.get("activation_checkpointing") or "none")
         self.schedule = instantiate(cfg["schedule"])
         self.max_steps: float = int(cfg["trainer"]["max_steps"] or -1)
@@ -115,7 +128,7 @@ class NanoChatModule(lightning.LightningModule):
         if self._gradient_norm is None:
             owners = getattr(self.optimizers(use_pl_optimizer=False), "owners", None)
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            norm: Tensor = owners.gradient_norm() if owners else torch.nn.utils.get_total_norm(gradients)
+            norm: Tensor = owners.gradient_norm() if owners else total_norm(gradients)
             self._gradient_norm = norm
         return self._gradient_norm
 
@@ -177,7 +190,10 @@ class NanoChatModule(lightning.LightningModule):
     def configure_optimizers(self):
         """The one optimizer over all named parameters (frozen ones left out)."""
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        return instantiate(self.cfg["optim"])(named_parameters=named)
+        optimizer = instantiate(self.cfg["optim"])(named_parameters=named)
+        if self.weights != "float32":
+            optimizer.rounding = Rounding(int(self.cfg.get("seed", 0)), master=self.weights == "bfloat16-master")
+        return optimizer
 
     def configure_model(self) -> None:
         """Compile block by block, which keeps the state dict's keys and pays on CUDA."""

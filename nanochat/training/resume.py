@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 OWN_RULES = {*PLAIN_KEYS, *DEFAULTS, "hydra", "rate_scale"} - {"model"}
 """top-level keys that are not compared as a whole; all others (the model, the features) must be equal"""
 MUST_BE_EQUAL = ("seed", "data.corpus", "data.seq_len", "data.seed", "data.vocab_size",
-                 "trainer.accumulate_grad_batches", "loss.label_smoothing", "loss.z_loss")  # fmt: skip
+                 "trainer.accumulate_grad_batches", "loss.label_smoothing", "loss.z_loss", "weights")  # fmt: skip
 """values without which a resumed run would not be the same run; the text itself is compared by the data"""
 WARN_IF_CHANGED = (
     "schedule",
@@ -155,6 +155,8 @@ def check_resume(path: Path, plain_cfg: dict[str, Any]) -> None:
     saved, plain_cfg = (
         {**cfg, "model": _model_fields(cfg)} for cfg in (anchor_paths(rename_targets(saved)), plain_cfg)
     )
+    saved.setdefault("weights", "float32")  # an older version had no other
+    plain_cfg.setdefault("weights", "float32")
     whole = sorted((set(saved) | set(plain_cfg)) - OWN_RULES)
     changed = [
         line

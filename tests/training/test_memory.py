@@ -22,6 +22,9 @@ CASES = [
     ["+mhc=on", "mhc.maps=dynamic", "model.value_embeddings=2", "activation_checkpointing=feedforward", "optim=apollo"],
     [BF16, "+collider=on", "optim=galore8bit", "optim.rank=8", "activation_checkpointing=every_other"],
     [BF16, "model.weight_block=row", "model.int8=true", "optim=lion8bit"],
+    ["weights=bfloat16", "optim=adamw", "+mtp=on", "+collider=on", "model.tied=false", "model.value_embeddings=1"],
+    ["weights=bfloat16-master", BF16, "optim=muon8bit", "+mhc=on", "mhc.maps=dynamic", "model.ternary=false"],
+    ["weights=bfloat16", "model.weight_block=row", "model.int8=true", "optim=muon", "+collider=on", "model.tied=false"],
     ["model.ternary=false", "loss.label_smoothing=0.1", "model.softcap=20", "optim=galore-muon8bit", "optim.rank=8"],
 ]
 
@@ -52,6 +55,18 @@ def test_parts_against_their_own_sizes():
     assert size * 0.95 < accumulated.parts[GRADIENTS] <= size
     matrices = 2 * (4 * 64 * 64 + 3 * 64 * 128)
     assert matrices < accumulated.parts[TRITS] < 1.1 * matrices
+
+
+def test_weights_in_bfloat16_take_half():
+    wide, small, copies = (
+        counted(settled("optim=adamw", "trainer.accumulate_grad_batches=2", f"weights={kind}")).parts
+        for kind in ("float32", "bfloat16", "bfloat16-master")
+    )
+    vectors = 0.05 * wide[WEIGHTS]  # and buffers, which stay as they are
+    for kind in (WEIGHTS, GRADIENTS):
+        assert wide[kind] / 2 <= small[kind] == copies[kind] < wide[kind] / 2 + vectors
+    assert small[STATES] == wide[STATES]
+    assert wide[WEIGHTS] - vectors < copies[STATES] - small[STATES] <= wide[WEIGHTS]
 
 
 def test_what_grows_with_the_batch():
