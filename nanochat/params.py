@@ -16,7 +16,7 @@ from nanochat.console import Parser
 from nanochat.device import find_device
 from nanochat.environment import rank_count
 from nanochat.export.gguf_tensors import mtp_heads
-from nanochat.export.sizes import file_bits, part_of
+from nanochat.export.sizes import part_of, planned_file
 from nanochat.optim import Optimizer
 from nanochat.reports.table import Table
 from nanochat.run import settle
@@ -30,7 +30,7 @@ class Part:
 
     parameters: int = 0
     optimizer_bytes: int = 0
-    file_bytes: float = 0.0
+    file_bytes: int = 0
 
 
 def planned_optimizer(cfg: dict[str, Any], module: NanoChatModule) -> Optimizer:
@@ -48,8 +48,8 @@ def planned_optimizer(cfg: dict[str, Any], module: NanoChatModule) -> Optimizer:
     return instantiate(cfg["optim"])(named_parameters=named)
 
 
-def count(cfg: dict[str, Any]) -> dict[str, Part]:
-    """Row of the table -> what it costs.
+def count(cfg: dict[str, Any]) -> tuple[dict[str, Part], str]:
+    """Row of the table -> what it costs; and the type of the file's matrices.
 
     Nothing is allocated: the network, its objectives' heads and the optimizer's state tensors are all made on the meta
     device, the latter by the rules that make them in a run, and counted as `optim/bytes` counts them. No shape is
@@ -62,23 +62,24 @@ def count(cfg: dict[str, Any]) -> dict[str, Part]:
         module = NanoChatModule(cfg)
     parts: dict[str, Part] = defaultdict(Part)
     planned = planned_optimizer(cfg, module).planned_bytes()
-    heads, ternary = mtp_heads(module.objectives.state_dict()) > 0, module.gpt.config.ternary
     for name, parameter in module.named_parameters():
         part = parts[part_of(name)]
         part.parameters += parameter.numel()
         part.optimizer_bytes += planned.get(name, 0)
-        part.file_bytes += parameter.numel() * file_bits(name, parameter, ternary, heads) / 8
-    return dict(parts)
+    kind, sizes = planned_file(module.gpt.config, mtp_heads(module.objectives.state_dict()))
+    for name, size in sizes.items():  # a file may have an output matrix where the network has its table alone
+        parts[name].file_bytes = size
+    return dict(parts), kind
 
 
-def table(title: str, parts: dict[str, Part], total: Part) -> Table:
+def table(title: str, parts: dict[str, Part], total: Part, kind: str) -> Table:
     """A row for each part, and their sum."""
     rows = []
     for name, part in (*parts.items(), ("all", total)):
         share = f"{100 * part.parameters / total.parameters:.1f}%"
         sizes = (4 * part.parameters, part.optimizer_bytes, part.file_bytes)
         rows.append([name, f"{part.parameters:,}", share, *(f"{size / 1e6:,.1f}" for size in sizes)])
-    headings = ["part", "parameters", "share", "float32 MB", "optimizer MB", "GGUF MB (TQ2_0, Q8_0)"]
+    headings = ["part", "parameters", "share", "float32 MB", "optimizer MB", f"GGUF MB ({kind.upper()})"]
     return Table(title, headings, rows)
 
 
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="as for training, such as model=d20 optim=muon8bit +mtp=on")
     options = parser.parse_intermixed_args(argv)
     cfg = plan_vocabulary(settle(compose(options.overrides)))
-    parts = count(cfg)
+    parts, kind = count(cfg)
     total = Part(
         sum(part.parameters for part in parts.values()),
         sum(part.optimizer_bytes for part in parts.values()),
@@ -116,17 +117,19 @@ def main(argv: list[str]) -> int:
     if options.json:
         figures = {
             "parameters": total.parameters,
-            "parts": {name: part.parameters for name, part in parts.items()},
+            "parts": {name: part.parameters for name, part in parts.items() if part.parameters},
             "optimizer_bytes": total.optimizer_bytes,
-            "optimizer_parts": {name: part.optimizer_bytes for name, part in parts.items()},
+            "optimizer_parts": {name: part.optimizer_bytes for name, part in parts.items() if part.parameters},
             "training_bytes": 8 * total.parameters + total.optimizer_bytes,
             "file_bytes": total.file_bytes,
+            "file_type": kind,
+            "file_parts": {name: part.file_bytes for name, part in parts.items()},
             "memory": {"peak": memory.peak, "moment": memory.moment, "parts": memory.parts},
         }
         print(json.dumps(figures))
         return 0
     model = cfg["model"]
     title = f"{model['n_layers']} layers of width {model['dim']}, a vocabulary of {model['vocab_size']:,}"
-    table(title, parts, total).show()
+    table(title, parts, total, kind).show()
     memory_table(cfg, memory).show()
     return 0

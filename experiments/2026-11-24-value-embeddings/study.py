@@ -15,5 +15,7 @@ ARMS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    given = study_parser(__doc__, 300, ["experiment=tiny"]).parse_args()
-    study(given, ARMS, [arm for arm in ARMS if arm != "none"])
+    parser = study_parser(__doc__, 300, ["experiment=tiny"])
+    parser.add_argument("--equal-time", action="store_true", help="train the arms once more, for the plain run's time")
+    given = parser.parse_args()
+    study(given, ARMS, [arm for arm in ARMS if arm != "none"] if given.equal_time else [])

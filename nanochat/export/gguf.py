@@ -28,10 +28,19 @@ from nanochat.checkpoint import Run
 from nanochat.errors import UserError
 from nanochat.export.card import model_card
 from nanochat.export.gguf_reader import GGUFFile
-from nanochat.export.gguf_tensors import OWN, TensorPlan, folds_embedding, mtp_heads, padded_ffn, plan_tensors
+from nanochat.export.gguf_tensors import (
+    OWN,
+    TensorPlan,
+    folds_embedding,
+    has_heads,
+    mtp_heads,
+    padded_ffn,
+    plan_tensors,
+)
 from nanochat.export.packing import (
     BLOCK,
     EMBEDDING_TYPES,
+    FLOAT_TYPES,
     NUMBERS,
     TERNARY_TYPES,
     TYPES,
@@ -106,6 +115,11 @@ def default_type(config: GPTConfig) -> str:
     types = ("tq2_0", "q2_0", "q4_0") if config.ternary else ()
     width = math.gcd(config.dim, config.stream_width)
     return next((t for t in types if width % BLOCK[t] == 0 and _shares_scales(config, t)), "f16")
+
+
+def default_embedding_type(kind: str) -> str:
+    """The type of the embedding and the output matrix beside matrices of a type."""
+    return kind if kind in FLOAT_TYPES else "q8_0"
 
 
 def check_type(config: GPTConfig, kind: str, embedding_type: str) -> None:
@@ -282,10 +296,10 @@ def export_gguf(
             file that exists, or a folder that cannot be written. Nothing is left behind then.
     """
     path = Path(path)
-    embedding_type = embedding_type or (kind if kind in ("f16", "f32") else "q8_0")
+    embedding_type = embedding_type or default_embedding_type(kind)
     nextn = mtp_heads(run.objectives) if mtp else 0
     arch = OWN if own else architecture(run.config, nextn)
-    dropped = nextn if arch not in (OWN, "hy_v3") else 0
+    dropped = 0 if has_heads(arch) else nextn
     nextn -= dropped
     check_type(run.config, kind, embedding_type)
     check_target(path, force)

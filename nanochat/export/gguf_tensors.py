@@ -221,6 +221,16 @@ def folds_embedding(config: GPTConfig, arch: str) -> bool:
     return config.embedding_norm and arch != OWN
 
 
+def has_output(config: GPTConfig, arch: str) -> bool:
+    """Whether the file has an output matrix of its own: a tied table that is folded cannot be the output, too."""
+    return folds_embedding(config, arch) or not config.tied
+
+
+def has_heads(arch: str) -> bool:
+    """Whether the architecture has a place for sequential heads of multi-token prediction."""
+    return arch in (OWN, "hy_v3")
+
+
 def embedding_rows(config: GPTConfig, weights: Mapping[str, Tensor], fold: bool) -> Tensor:
     """The token table of the file, (vocab_size, stream_width) float32: the embedding, and its lane beside it.
 
@@ -256,7 +266,7 @@ def plan_tensors(
 
     shape = (config.vocab_size, config.stream_width)
     plans = [TensorPlan("token_embd.weight", shape, embedding_type, embedding, False)]
-    if fold or not config.tied:
+    if has_output(config, arch):
         plans.append(TensorPlan("output.weight", shape, embedding_type, head, False))
     plans += [plan_slot(slot, config, weights, kind) for slot in network_slots(config, arch, kind, nextn)]
     return plans
@@ -303,7 +313,7 @@ def read_network(
     """
     shape = (config.vocab_size, config.stream_width)
     weights = split_rows(config, torch.from_numpy(read_tensor(file, "token_embd.weight", shape)))
-    if folds_embedding(config, arch) or not config.tied:
+    if has_output(config, arch):
         weights["head.weight"] = torch.from_numpy(read_tensor(file, "output.weight", shape)[:, : config.dim].copy())
     for slot in network_slots(config, arch, kind, nextn):
         weights |= split_slot(slot, config, read_tensor(file, f"{slot.name}.weight", slot.stored))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections import defaultdict
 
-from nanochat.model import GPT, GPTConfig
-
-TQ2_0_BITS = 2.0625  # two bits a weight and a float16 scale for 256
-EMBEDDING_BITS = 8.5  # Q8_0
+from nanochat.errors import UserError
+from nanochat.export.gguf import architecture, default_embedding_type, default_type
+from nanochat.export.gguf_tensors import OWN, has_heads, has_output, network_slots
+from nanochat.export.packing import packed_bytes
+from nanochat.model.config import GPTConfig
 
 
 def part_of(name: str) -> str:
@@ -32,22 +32,29 @@ def part_of(name: str) -> str:
     return "other"
 
 
-def file_bits(name: str, parameter: Tensor, ternary: bool, heads: bool) -> float:
-    """Bits of each element in a GGUF file of type tq2_0 (q8_0 for a float model's matrices).
+def planned_file(config: GPTConfig, heads: int = 0) -> tuple[str, dict[str, int]]:
+    """The file that `nanochat export` writes unless it is told otherwise: (type of its matrices, bytes by part).
 
-    heads: those of multi-token prediction go into the file.
+    Bytes are those of the tensors. Zeros count with the part that they pad: in the stream of the file a lane of value
+    embeddings lies beside the network's own. A network that stock llama.cpp cannot run counts as for `--to nanochat`.
+
+    Args:
+        config: of the network.
+        heads: sequential heads of multi-token prediction, which count where the file has a place for them.
     """
-    part = part_of(name)
-    if part.endswith(" heads") and not heads:
-        return 0.0
-    if parameter.ndim != 2 or part == "hyper-connections":
-        return 32.0
-    return TQ2_0_BITS if ternary and part not in ("embedding", "head", "value embeddings") else EMBEDDING_BITS
-
-
-def planned_file_bytes(config: GPTConfig) -> float:
-    """Bytes of the weights of a network in a GGUF file of type tq2_0; heads of multi-token prediction are left out."""
-    with torch.device("meta"):
-        gpt = GPT(config)
-    bits = (p.numel() * file_bits(f"gpt.{name}", p, config.ternary, False) for name, p in gpt.named_parameters())
-    return sum(bits) / 8
+    try:
+        arch = architecture(config, heads)
+    except UserError:
+        arch = OWN
+    kind = default_type(config)
+    table = default_embedding_type(kind)
+    parts: dict[str, int] = defaultdict(int)
+    parts["embedding"] = packed_bytes((config.vocab_size, config.dim), table)
+    if config.lane_width:
+        parts["value embeddings"] = packed_bytes((config.vocab_size, config.lane_width), table)
+    if has_output(config, arch):
+        parts["head"] = packed_bytes((config.vocab_size, config.stream_width), table)
+    for slot in network_slots(config, arch, kind, heads if has_heads(arch) else 0):
+        part = part_of(f"objectives.{slot.source}" if slot.source.startswith("mtp.") else f"gpt.{slot.source}")
+        parts[part] += packed_bytes(slot.stored, kind if slot.matrix else "f32")
+    return kind, dict(parts)

@@ -115,7 +115,7 @@ def cost(group: Group, sizes: dict[str, str]) -> Table:
         columns["GGUF MB"] = [sizes.get(arm.name, "") for arm in group.arms]
     table = _table(columns)
     planned = any("~" in size for size in sizes.values())
-    note = "~ is the size that the weights will have in a file of type TQ2_0; nothing has been exported yet."
+    note = "~ is the size of the tensors in the file that `nanochat export` would write; nothing has been exported yet."
     return replace(table, notes=[note]) if planned else table
 
 

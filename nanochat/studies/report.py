@@ -306,12 +306,12 @@ def file_sizes(arms: Sequence[Arm]) -> dict[str, str]:
     return sizes
 
 
-def _planned(run: Run) -> float | None:
-    from nanochat.export.sizes import planned_file_bytes  # torch, which nothing else here needs
+def _planned(run: Run) -> int | None:
+    from nanochat.export.sizes import planned_file  # torch, which nothing else here needs
     from nanochat.model import GPTConfig
 
     try:
-        return planned_file_bytes(GPTConfig.from_json(run.folder / "model.json"))
+        return sum(planned_file(GPTConfig.from_json(run.folder / "model.json"))[1].values())
     except UserError:
         return None
 
