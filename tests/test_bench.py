@@ -17,6 +17,7 @@ from nanochat.training.callbacks.loss_plot import LossPlot
 from nanochat.training.callbacks.metrics import MetricsCSV
 from nanochat.training.callbacks.sampler import TextSampler
 from nanochat.training.callbacks.throughput import Throughput
+from nanochat.training.module import NanoChatModule
 
 
 def test_loss(capsys):
@@ -145,15 +146,26 @@ def test_the_share_of_lightning(monkeypatch):
 
 def test_both_arms_clip_and_compute_alike(monkeypatch):
     clipped, precisions = [], []
-    for name in ("clip_grad_norm_", "clip_grads_with_norm_"):
-        known = getattr(torch.nn.utils, name)
-        monkeypatch.setattr(
-            torch.nn.utils, name, lambda p, norm, *a, f=known, n=name: (clipped.append((n, norm)), f(p, norm, *a))
-        )
+    bare, ours = torch.nn.utils.clip_grad_norm_, NanoChatModule.configure_gradient_clipping
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda p, norm: (clipped.append(("bare", norm)), bare(p, norm))
+    )
+
+    def clip(self, optimizer, **given):
+        gradients = [p.grad.clone().requires_grad_() for p in self.parameters() if p.grad is not None]
+        for gradient in gradients:
+            gradient.grad = gradient.detach().clone()
+        ours(self, optimizer, **given)
+        bare(gradients, 0.5)
+        clipped.append(("ours", given["gradient_clip_val"]))
+        for gradient, found in zip(gradients, (p for p in self.parameters() if p.grad is not None), strict=True):
+            torch.testing.assert_close(found.grad, gradient.grad, rtol=1e-6, atol=0.0)
+
+    monkeypatch.setattr(NanoChatModule, "configure_gradient_clipping", clip)
     trunk = GPT.trunk
     monkeypatch.setattr(GPT, "trunk", lambda self, *inputs: precisions.append(autocast()) or trunk(self, *inputs))
     lightning_run(monkeypatch, "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=0.5")
-    assert clipped == [("clip_grad_norm_", 0.5)] * 4 + [("clip_grads_with_norm_", 0.5)] * 4
+    assert clipped == [("bare", 0.5)] * 4 + [("ours", 0.5)] * 4
     assert precisions == [torch.bfloat16] * 8
 
 

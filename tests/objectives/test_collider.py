@@ -222,7 +222,9 @@ def test_a_cut_off_record_is_not_read(tmp_path):
 
 @pytest.mark.parametrize("score", ["random", "gradient"])
 def test_random_tokens_are_drawn_anew_for_each_micro_batch(score):
-    module = SimpleNamespace(cfg={"seed": 5}, gpt=GPT(BASE), objectives={"next_token": NextToken(BASE)})
+    module = SimpleNamespace(
+        cfg={"seed": 5}, device=torch.device("cpu"), gpt=GPT(BASE), objectives={"next_token": NextToken(BASE)}
+    )
     losses = scores(3, 24)
 
     def chosen(consumed, seed=5):

@@ -106,7 +106,7 @@ def test_some_rows_stand_for_all_and_are_read_once(block: int | str) -> None:
                 linear.weight.mul_(1.0)  # another version of the same values
         with host_reads() as reads:
             found.append(health._look(module, 10))  # type: ignore[arg-type]
-        assert reads == ["tolist"]
+        assert reads.found == ["tolist"]
     whole, part = found
     assert whole["ternary/flips"] == part["ternary/flips"] == 0
     assert part["ternary/zeros"] == pytest.approx(whole["ternary/zeros"], abs=4 / math.sqrt(14 * 8192))
