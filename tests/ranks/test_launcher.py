@@ -156,10 +156,9 @@ def children(process: int) -> list[int]:
     return [int(number) for number in found]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
-def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(place: Path) -> None:
-    folder, more = place / "killed", ["callbacks.checkpoint.every_n_train_steps=1", "trainer.max_steps=60"]
+def lose_a_rank(place: Path, folder: Path, steps: int, *more: str) -> None:
+    """A rank of a run is killed: the command ends in time and says so, and the next start gives the unkilled run."""
+    more = (*more, "callbacks.checkpoint.every_n_train_steps=1", f"trainer.max_steps={steps}")
     process = subprocess.Popen(command(place, folder, *more), env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for((folder / "checkpoints" / "last.ckpt").exists)
     ranks = children(process.pid)
@@ -175,9 +174,16 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(place: Path) -> N
     step = read_state(folder)["global_step"]
     done = subprocess.run(command(place, folder, *more, "ckpt_path=auto"), env=environment(), timeout=200)
     assert done.returncode == 0
-    assert step < read_state(folder)["global_step"] == 60
-    train_on(None, place, place / "unkilled", [*WIDE, "trainer.max_steps=60"])
-    close(place / "unkilled", folder)
+    assert step < read_state(folder)["global_step"] == steps
+    unkilled = folder.with_name(f"{folder.name}-unkilled")
+    train_on(None, place, unkilled, [*WIDE, f"trainer.max_steps={steps}"])
+    close(unkilled, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
+def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(place: Path) -> None:
+    lose_a_rank(place, place / "killed", 60)
 
 
 @pytest.mark.slow

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +23,9 @@ from nanochat.rank import work
 from nanochat.training import distributed
 from nanochat.training.launcher import Job
 from nanochat.training.module import NanoChatModule
-from tests.ranks.pools import Pool, close, job_of, numbers, train_on
+from tests.ranks.pools import Pool, job_of, numbers, train_on
 from tests.ranks.test_agreement import COLLIDER, MTP, RUN, WIDE, compare
-from tests.ranks.test_launcher import children, command, environment, wait_for
+from tests.ranks.test_launcher import lose_a_rank
 from tests.runs import configure, read_state
 
 SHARDED = ["+trainer.strategy=fsdp2"]  # what trainer=fsdp2 says, beside the trainer=cpu of all tests
@@ -228,17 +225,4 @@ def test_a_parameter_without_rows_is_refused(place: Path) -> None:
 @slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
 def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(place: Path) -> None:
-    folder = place / "shared-killed"
-    more = [*SHARDED, "callbacks.checkpoint.every_n_train_steps=1", "trainer.max_steps=40"]
-    process = subprocess.Popen(command(place, folder, *more), env=environment(), stderr=subprocess.PIPE, text=True)
-    wait_for((folder / "checkpoints" / "last.ckpt").exists)
-    os.kill(children(process.pid)[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert "error: rank 1 was killed by SIGKILL" in errors
-    step = read_state(folder)["global_step"]
-    done = subprocess.run(command(place, folder, *more, "ckpt_path=auto"), env=environment(), timeout=200)
-    assert done.returncode == 0
-    assert step < read_state(folder)["global_step"] == 40
-    train_on(None, place, place / "shared-unkilled", [*WIDE, "trainer.max_steps=40"])
-    close(place / "shared-unkilled", folder)
+    lose_a_rank(place, place / "shared-killed", 40, *SHARDED)
