@@ -19,6 +19,8 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_block_compiles_without_a_graph_break(variant):
     gpt = GPT(GPTConfig(**SMALL, zero_init=False, **VARIANTS[variant]), seed=0)
+    # one draw in 200 lies on an edge of int8's grid, where a last bit is a step of it
+    torch.manual_seed(0)
     x = torch.randn(2, 24, 32, requires_grad=True)
     if gpt.config.streams > 1:
         x = torch.randn(2, 2, 24, 32, requires_grad=True)
