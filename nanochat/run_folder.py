@@ -26,12 +26,14 @@ def find_checkpoint(path: str | Path, which: str | int = "last") -> tuple[Path, 
         which: "last", or the optimizer step of a kept checkpoint ("200", 200 or "step=200").
 
     Raises:
-        UserError: nothing there, not a run folder, or no such checkpoint (the message lists those that exist).
+        UserError: nothing there, not a run folder, no such checkpoint (the message lists those that exist), or a step
+            beside a file.
     """
     path = Path(path)
     if path.is_file():
         if path.suffix != ".ckpt":
             raise UserError(f"{path} is not a run: give a run folder (such as outputs/latest) or a .ckpt file.")
+        check_no_step(path, which)
         folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         return folder, path
     if not path.is_dir():
@@ -39,15 +41,22 @@ def find_checkpoint(path: str | Path, which: str | int = "last") -> tuple[Path, 
         raise UserError(f"there is no run at {path}{dangling}; train one, or name another run folder.")
     folder = path.parent if path.name == "checkpoints" else path
     step = str(which).removeprefix("step=").removesuffix(".ckpt")
-    checkpoint = folder / "checkpoints" / ("last.ckpt" if step == "last" else f"step={step}.ckpt")
+    name = "last" if step == "last" else f"step={step}"
+    checkpoint = folder / "checkpoints" / f"{name}.ckpt"
     if checkpoint.is_file():
         return folder, checkpoint
     kept = sorted(found.stem for found in (folder / "checkpoints").glob("*.ckpt"))
     if kept:
-        raise UserError(f"{folder} has no checkpoint {checkpoint.stem!r}; it has {', '.join(kept)}.")
+        raise UserError(f"{folder} has no checkpoint {name!r}; it has {', '.join(kept)}.")
     if not (folder / "model.json").is_file() and not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run folder: it has neither model.json nor checkpoints.")
     raise UserError(f"{folder} has no checkpoint yet: the run was stopped before its first save.")
+
+
+def check_no_step(path: Path, which: str | int) -> None:
+    """Raises `UserError` where `path` is one file, so that there is no step of a run to choose."""
+    if str(which) != "last":
+        raise UserError(f"--checkpoint {which} names a step of a run folder, and {path} is a file.")
 
 
 def read_chat_template(folder: Path) -> str | None:

@@ -56,7 +56,7 @@ class Pruning:
             raise UserError(f"hydra.sweeper.pruner={self.rule} must be {', '.join(PRUNERS)} or null.")
         for name, least in (("after_trials", 0), ("after_validations", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"hydra.sweeper.prune_{name}={value} must be a whole number of at least {least}.")
 
     def pruner(self) -> BasePruner:

@@ -50,6 +50,19 @@ def test_picks_the_checkpoint_that_is_asked_for(run):
         load_run(run, 30)
 
 
+@pytest.mark.parametrize("typed", ["checkpoints/last.ckpt", "checkpoints/step=20"])
+def test_a_path_is_not_a_step(run, typed):
+    with pytest.raises(UserError, match=rf"no checkpoint 'step={typed.removesuffix('.ckpt')}'; it has last"):
+        load_run(run, typed)
+
+
+def test_a_file_has_no_step_to_choose(run):
+    path = run / "checkpoints" / "last.ckpt"
+    assert find_checkpoint(path) == (run, path)
+    with pytest.raises(UserError, match=r"^--checkpoint 99 names a step .*, and .*last\.ckpt is a file\.$"):
+        load_run(path, 99)
+
+
 def test_says_what_is_missing(run, tmp_path):
     with pytest.raises(UserError, match="no run at"):
         load_run(tmp_path / "nowhere")

@@ -13,6 +13,7 @@ from nanochat.checkpoint import Run, build_gpt, load_run
 from nanochat.errors import UserError
 from nanochat.export.gguf_reader import GGUFFile
 from nanochat.export.read_back import latent_weights, read_export
+from nanochat.run_folder import check_no_step
 from nanochat.zoo.store import located
 
 
@@ -29,11 +30,12 @@ def open_run(path: str | Path, which: str | int = "last", device: str | torch.de
         device: where the weights go.
 
     Raises:
-        UserError: nothing there, a damaged file, or a GGUF file that nanochat did not write.
+        UserError: nothing there, a damaged file, a GGUF file that nanochat did not write, or a step beside a file.
     """
     path = located(path)
     if path.suffix != ".gguf":
         return load_run(path, which, device)
+    check_no_step(path, which)
     exported = read_export(path)
     weights, objectives = latent_weights(exported)
     gpt = build_gpt(exported.config, {name: tensor.to(device) for name, tensor in weights.items()}, source=path)

@@ -26,6 +26,7 @@ from nanochat.inference.slots import Backend, TorchBackend
 from nanochat.inference.speculative import build_heads, drafting_backend
 from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
+from nanochat.run_folder import check_no_step
 from nanochat.serve.codec import Codec, LlamaCodec, RunCodec
 from nanochat.serve.llama import LlamaBackend
 from nanochat.serve.template import ChatTemplate, template_of
@@ -214,8 +215,7 @@ def _load_file(path: Path, settings: Settings, name: str) -> Model:
             f"{path} was not written by nanochat, so llama.cpp alone can run it, on the CPU and without drafts: leave "
             "--backend, --device and --speculate out."
         )
-    if settings.checkpoint != "last":
-        raise UserError(f"--checkpoint {settings.checkpoint} names a step of a run folder, and {path} is a file.")
+    check_no_step(path, settings.checkpoint)
     backends = [settings.backend]
     if settings.backend == "auto":
         possible = {"torch": readable, "llama.cpp": not own}

@@ -226,6 +226,8 @@ def test_commands(runs, monkeypatch, capsys, tmp_path):
     assert cli.verify_main([str(folder / "huggingface"), "--run", str(folder)]) == 0
     with pytest.raises(UserError, match="--embedding-type"):
         cli.export_main([str(folder), "--to", "safetensors", "--embedding-type", "f16"])
+    with pytest.raises(UserError, match=r"--checkpoint 9 names a step of a run folder, and .* is a file"):
+        cli.export_main([str(path), "--checkpoint", "9"])
     monkeypatch.setattr(llama_cpp, "load", lambda: (_ for _ in ()).throw(llama_cpp.LlamaCppUnavailable("gone")))
     assert cli.verify_main([str(path)]) == 0
     assert "not compared with llama.cpp: gone" in capsys.readouterr().out

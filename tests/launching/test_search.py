@@ -215,6 +215,7 @@ def test_a_pruned_trial_whose_search_was_killed_is_not_trained_again(runs, call:
     [
         ("pruner=media", "hydra.sweeper.pruner=media must be median, hyperband or null."),
         ("prune_after_trials=-1", "hydra.sweeper.prune_after_trials=-1 must be a whole number of at least 0."),
+        ("prune_after_trials=true", "hydra.sweeper.prune_after_trials=True must be a whole number of at least 0."),
         ("prune_after_validations=0", "hydra.sweeper.prune_after_validations=0 must be a whole number of at least 1."),
     ],
 )
