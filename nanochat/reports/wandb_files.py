@@ -1,4 +1,4 @@
-"""Reading the files that W&B's client writes when it is offline (`wandb/offline-run-*/run-ID.wandb`)."""
+"""Reading the logs of W&B's client: `wandb/run-*/run-ID.wandb`, or `wandb/offline-run-*/` where it was offline."""
 
 from __future__ import annotations
 
@@ -49,13 +49,29 @@ def records(path: Path) -> Iterator[Any]:
 
 def history(folder: Path, run_id: str) -> Iterator[dict[str, Any]]:
     """The rows of a run below a folder, those of all its sessions; none where a file cannot be read."""
-    for path in sorted(folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb")):
+    found = [*folder.glob(f"wandb/run-*/run-{run_id}.wandb"), *folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb")]
+    for path in sorted(found, key=lambda path: path.parent.name.removeprefix("offline-")):  # by the time of their start
         try:
             for record in records(path):
                 if record.WhichOneof("record_type") == "history":
                     yield values(record.history.item)
         except (OSError, ValueError):
             continue
+
+
+def unsynced(folder: Path, run_id: str) -> list[Path]:
+    """The files of a run's offline sessions that `wandb sync` would upload."""
+    found = folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb")
+    return sorted(path for path in found if not _marker(path).exists())
+
+
+def mark_synced(path: Path) -> None:
+    """Keep `wandb sync` from uploading a file; raises `OSError`."""
+    _marker(path).touch()
+
+
+def _marker(path: Path) -> Path:
+    return path.with_name(f"{path.name}.synced")
 
 
 def values(items: Any) -> dict[str, Any]:

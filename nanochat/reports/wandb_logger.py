@@ -27,6 +27,8 @@ RECORD = "wandb.json"
 SECTIONS = ("train", "val", "mtp", "collider", "ternary", "optim", "memory")
 """beginnings of the names of metrics, each with the tokens as its axis"""
 STEP = "trainer/global_step"
+KINDS = ("train", "val", "samples")
+"""of rows: numbers of training, of a validation, samples"""
 INIT_TIMEOUT = 30.0
 """seconds that the client has to make a run, once the server has answered"""
 SUMMARY = ("status", "parameters", "tokens", "seconds", "data", "commit")
@@ -41,6 +43,11 @@ class WandbLogger(LightningLogger):
     A row's `_step` is its optimizer step, and `tokens` beside it is the axis of the charts. The W&B run's id is kept
     in the run folder, so that a resume continues it: rows that W&B has are not logged again, and those that a kill has
     lost on the way are taken from metrics.csv. Of an attempt that diverged W&B keeps the rows.
+
+    A resume may be offline where the session before was online, and the other way round. Offline, the rows that an
+    online session gave to the client count as uploaded. Online, the server's last row counts; what offline sessions
+    have beyond it is logged from metrics.csv, and their files are marked as synced, so that `wandb sync` adds nothing
+    twice.
 
     Args:
         project, name, id: of the W&B run.
@@ -78,6 +85,8 @@ class WandbLogger(LightningLogger):
         """kind of row -> the last step of which W&B has one"""
         self._best: dict[str, float] = {}
         self._fill = False
+        self._replaced: list[Path] = []
+        """files of offline sessions whose rows this one logs online"""
         if not self.offline:
             import wandb
 
@@ -109,17 +118,18 @@ class WandbLogger(LightningLogger):
             UserError: the folder cannot be written.
         """
         self._folder, self._tokens = folder, tokens_per_step(plain)
-        known = self._own(read_mapping(folder / RECORD)) if plain.get("ckpt_path") is not None else None
+        record = read_mapping(folder / RECORD)
+        known = self._own(record) if plain.get("ckpt_path") is not None else None
         if known is not None:
             self._id = self._wandb_init["id"] = known
             self._best = _best_of(folder)
         run = self.experiment
         if known is not None:
             self._fill = True
-            self._steps = self._logged(known)
+            self._steps = self._logged(known, record)
+            self._announce_change(known, record)
         try:
-            with atomic_write(folder / RECORD) as file:
-                file.write((json.dumps({"id": run.id, "project": self._project, "entity": self._entity()})).encode())
+            self._write_record()
         except OSError as error:
             raise UserError(f"{folder / RECORD} cannot be written: {error.strerror or error}.") from error
         run.define_metric("tokens")
@@ -134,16 +144,51 @@ class WandbLogger(LightningLogger):
         same = record.get("project") == self._project and record.get("entity") == self._entity()
         return record.get("id") if same and self._forced in (None, record.get("id")) else None
 
-    def _logged(self, run_id: str) -> dict[str, int]:
-        """The last steps that W&B has: the server's, or those of the client's files."""
+    def _write_record(self) -> None:
+        """Note which W&B run this is, and what of it is logged; the client's files may be gone at the next start."""
+        assert self._folder is not None
+        content = {
+            "id": self.experiment.id,
+            "project": self._project,
+            "entity": self._entity(),
+            "offline": self.offline,
+            "logged": self._steps,
+        }
+        with atomic_write(self._folder / RECORD) as file:
+            file.write(json.dumps(content).encode())
+
+    def _logged(self, run_id: str, record: dict[str, Any]) -> dict[str, int]:
+        """The last steps that W&B has: the server's; offline those of the client's files, or of the record without them."""
         if not self.offline:
             last = int(self.experiment.step) - 1 if self.experiment.resumed else 0
-            return dict.fromkeys(("train", "val", "samples"), last)
+            return dict.fromkeys(KINDS, last)
         steps: dict[str, int] = {}
-        for row in wandb_files.history(Path(self.save_dir or "."), run_id):
+        for row in wandb_files.history(self._place(), run_id):
             for kind in _kinds(row):
                 steps[kind] = max(steps.get(kind, 0), int(row.get("_step", 0)))
+        noted = record.get("logged")
+        if not steps and isinstance(noted, dict):
+            return {kind: step for kind, step in noted.items() if kind in KINDS and type(step) is int}
         return steps
+
+    def _place(self) -> Path:
+        return Path(self.save_dir or ".")
+
+    def _announce_change(self, run_id: str, record: dict[str, Any]) -> None:
+        """Say what happens where the sessions before were online and this one is not, or the other way round."""
+        if self.offline and record.get("offline") is False:
+            last = max(self._steps.values(), default=0)
+            log.warning(
+                "W&B: this run was online and goes on offline: what was logged up to step %d counts as uploaded, and "
+                "`wandb sync` adds the rest.", last,
+            )  # fmt: skip
+        if not self.offline and (files := wandb_files.unsynced(self._place(), run_id)):
+            self._replaced = files
+            log.warning(
+                "W&B: this run was offline and goes on online: the rows that the server lacks are logged now, and the "
+                "offline files are marked as synced, since `wandb sync` would log them twice (only they have the texts "
+                "of that time)."
+            )
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
@@ -184,6 +229,8 @@ class WandbLogger(LightningLogger):
             metrics = {k: v for k, text in row.items() if k != "step" and (v := as_float(text)) is not None}
             if int(row["step"]) < step or (int(row["step"]) == step and not kinds & _kinds(metrics)):
                 self._log(metrics, int(row["step"]))
+        for path in self._replaced:
+            wandb_files.mark_synced(path)
 
     @rank_zero_only
     def log_summary(self, content: dict[str, Any]) -> None:
@@ -192,6 +239,7 @@ class WandbLogger(LightningLogger):
         figures = {key: value for key, value in content.items() if "/" in key and value is not None}
         best = {f"best/{name}": value for name, value in self._best.items()}
         self.experiment.summary.update({key: content[key] for key in SUMMARY} | figures | best | compression)
+        self._write_record()
         if self.artifacts and content["status"] in ("finished", "stopped"):
             self._log_checkpoint(content)
 
@@ -263,7 +311,7 @@ def log_files(folder: Path, files: Sequence[Path], offline: bool) -> list[str]:
 
 
 def _kinds(row: Mapping[str, Any]) -> set[str]:
-    """What a row holds: numbers of training, of a validation, samples."""
+    """Which of KINDS a row has."""
     found = {"val" for name in row if name.startswith("val/")}
     found |= {"samples" for name in row if name.startswith("samples")}
     return found | ({"train"} if not found or any(name.startswith("train/") for name in row) else set())

@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -345,8 +346,12 @@ class Client:
 
 def online(folder: Path, client: Client, ckpt_path: str | None, **options: Any) -> WandbLogger:
     """A logger as it is once the server has answered."""
+    return logged_by(client, folder, ckpt_path, offline=False, **options)
+
+
+def logged_by(client: Client, folder: Path, ckpt_path: str | None, offline: bool, **options: Any) -> WandbLogger:
     logger = WandbLogger(save_dir=str(folder), offline=True, **options)
-    logger.offline, logger._experiment = False, client
+    logger.offline, logger._experiment = offline, client
     logger.begin(folder, {"ckpt_path": ckpt_path, "data": {"batch_size": 2, "seq_len": 32}, "trainer": {}})
     return logger
 
@@ -366,6 +371,56 @@ def test_a_resume_asks_the_server_for_its_last_row(tmp_path: Path) -> None:
         (4, {"val/bpb": 2.25}),
     ]  # fmt: skip
     assert client.summary == {"best/val/bpb": 2.25}
+
+
+def _went_online(folder: Path) -> None:
+    """As if the sessions of an offline run had been online ones: the client keeps the same log of those."""
+    for place in folder.glob("wandb/offline-run-*"):
+        place.rename(place.with_name(place.name.removeprefix("offline-")))
+    record = json.loads((folder / "wandb.json").read_text())
+    (folder / "wandb.json").write_text(json.dumps(record | {"offline": False}))
+
+
+def _train(logger: WandbLogger, steps: range) -> None:
+    for step in steps:
+        logger.log_metrics({"train/loss": 1.0, "val/bpb": 2.0, "samples/nrows": 3}, step=step)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["files", "cleaned"])
+def test_online_rows_are_not_logged_offline_again(
+    resumed: tuple[Path, str], tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: bool
+) -> None:
+    folder = shutil.copytree(resumed[0], tmp_path / "run")
+    _went_online(folder)
+    if not kept:  # by `wandb clean`: only what the run ended with is known
+        shutil.rmtree(folder / "wandb")
+    client = Client(0, False)
+    logger = logged_by(client, folder, "last", offline=True)
+    assert "goes on offline: what was logged up to step 6 counts as uploaded" in caplog.text
+    _train(logger, range(5, 9))
+    assert [step for step, _ in client.rows] == [7, 8]
+    assert json.loads((folder / "wandb.json").read_text())["offline"] is True
+
+
+def test_offline_rows_that_were_logged_online_are_not_synced(
+    resumed: tuple[Path, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(resumed[0], tmp_path / "run")
+    run_id = json.loads((folder / "wandb.json").read_text())["id"]
+    first, last = wandb_files.unsynced(folder, run_id)
+    first.with_name(f"{first.name}.synced").touch()  # the user has synced the first session: steps 1 to 3
+    client = Client(4, True)
+    logger = online(folder, client, "last")
+    assert "goes on online" in caplog.text
+    assert wandb_files.unsynced(folder, run_id) == [last]  # until its rows are logged
+    _train(logger, range(7, 8))
+    assert [(step, "val/bpb" in row) for step, row in client.rows] == [
+        (4, False), (4, True), (5, False), (6, False), (6, True), (7, True),
+    ]  # fmt: skip
+    assert wandb_files.unsynced(folder, run_id) == []
+    from wandb.cli.beta_sync import _is_synced  # what `wandb sync` asks
+
+    assert _is_synced(last)
 
 
 def test_a_folder_that_is_trained_anew_is_another_run(tmp_path: Path) -> None:
