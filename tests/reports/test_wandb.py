@@ -373,12 +373,13 @@ def test_a_resume_asks_the_server_for_its_last_row(tmp_path: Path) -> None:
     assert client.summary == {"best/val/bpb": 2.25}
 
 
-def _went_online(folder: Path) -> None:
+def _went_online(folder: Path, killed: bool) -> None:
     """As if the sessions of an offline run had been online ones: the client keeps the same log of those."""
     for place in folder.glob("wandb/offline-run-*"):
         place.rename(place.with_name(place.name.removeprefix("offline-")))
     record = json.loads((folder / "wandb.json").read_text())
-    (folder / "wandb.json").write_text(json.dumps(record | {"offline": False}))
+    logged = {} if killed else record["logged"]
+    (folder / "wandb.json").write_text(json.dumps(record | {"offline": False, "logged": logged}))
 
 
 def _train(logger: WandbLogger, steps: range) -> None:
@@ -386,13 +387,14 @@ def _train(logger: WandbLogger, steps: range) -> None:
         logger.log_metrics({"train/loss": 1.0, "val/bpb": 2.0, "samples/nrows": 3}, step=step)
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["files", "cleaned"])
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "cleaned"])
 def test_online_rows_are_not_logged_offline_again(
-    resumed: tuple[Path, str], tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: bool
+    resumed: tuple[Path, str], tmp_path: Path, caplog: pytest.LogCaptureFixture, killed: bool
 ) -> None:
+    """What they were is known by the client's files, or, once `wandb clean` has removed them, by the record."""
     folder = shutil.copytree(resumed[0], tmp_path / "run")
-    _went_online(folder)
-    if not kept:  # by `wandb clean`: only what the run ended with is known
+    _went_online(folder, killed)
+    if not killed:
         shutil.rmtree(folder / "wandb")
     client = Client(0, False)
     logger = logged_by(client, folder, "last", offline=True)
