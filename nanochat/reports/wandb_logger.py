@@ -158,7 +158,7 @@ class WandbLogger(LightningLogger):
             file.write(json.dumps(content).encode())
 
     def _logged(self, run_id: str, record: dict[str, Any]) -> dict[str, int]:
-        """The last steps that W&B has: the server's; offline those of the client's files, or of the record without them."""
+        """The last steps that W&B has: the server's; offline those of the client's files, without them the record's."""
         if not self.offline:
             last = int(self.experiment.step) - 1 if self.experiment.resumed else 0
             return dict.fromkeys(KINDS, last)
