@@ -1,5 +1,6 @@
 """Comparisons with other projects: with small stand-ins that have the calls of the real ones."""
 
+import csv
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import nanochat.cli
+from nanochat import run
 from nanochat.bench import equal_time, peers, step
 from nanochat.errors import UserError
 from tests.runs import words
@@ -165,12 +167,24 @@ def test_a_peer_that_dies(tmp_path):
 
 def test_equal_time(clones, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(peers, "DTYPES", ("float32",))
+    progress = []
+
+    def train_and_look(checked, folder):
+        metrics = run.train(checked, folder)
+        with (folder / "metrics.csv").open(newline="") as file:
+            progress.extend(float(row["train/progress"]) for row in csv.DictReader(file))
+        return metrics
+
+    monkeypatch.setattr(equal_time, "train", train_and_look)
     argv = [f"--peer={clones['karpathy']}", "--seconds", "1", "--json", *words(tmp_path)]
     assert equal_time.main(argv) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
     ours, peer = runs["ours"], runs["karpathy"]
     assert ours["tokens"] == ours["steps"] * 2 * 32
     assert 0 < ours["seconds"] < 3
+    assert len(progress) == ours["steps"]  # one row a step: nothing was validated within the time
+    assert progress == sorted(progress)
+    assert progress[0] < progress[-1] <= 1.0  # the schedule followed the clock
     assert peer["tokens"] == peer["steps"] * 2 * 32
     assert 1.0 <= peer["seconds"] < 3
     # the stand-in's logits are all zero: it knows nothing, whatever it sees
@@ -186,6 +200,7 @@ def test_equal_time(clones, tmp_path, capsys, monkeypatch):
     ("overrides", "said"),
     [
         (["trainer.max_time='00:00:01:00'"], "--seconds for the time"),
+        (["trainer.max_steps=5"], "--seconds for the time"),
         (["data=synthetic"], "needs a text"),
         (["model.n_layer=1"], "did you mean 'model.n_layers'"),
     ],

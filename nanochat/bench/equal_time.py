@@ -1,8 +1,12 @@
 """`nanochat bench equal-time`: what is a model worth after the same wall-clock time? Ours beside other projects'.
 
-Ours is a run as a user starts it, with everything that a run does. A peer trains its own model of the same width, depth
-and heads with its own optimizer, in its fastest arithmetic, on the same prepared tokens; its rates warm up, stay, and
-fall over the last 40% of the time. Both are validated on the same tokens afterwards, outside of the time.
+Ours is a run as a user starts it, with everything that a run does, whose schedule ends with the time
+(`schedule.horizon=time`). A peer trains its own model of the same width, depth and heads with its own optimizer, in its
+fastest arithmetic, on the same prepared tokens; its rates follow the time as well: they warm up, stay, and fall over
+the last 40% of it. Both are validated on the same tokens afterwards, outside of the time.
+
+What cannot be equal favours the peer. Our time includes the first step's warm-up and the run's saves, and its last step
+ends before the time is up; a peer warms up before its time begins, saves nothing, and finishes the step that it is in.
 """
 
 from __future__ import annotations
@@ -14,32 +18,28 @@ import math
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning import Trainer
 
 from nanochat.bench.measure import report, rounds
 from nanochat.bench.peers import OURS, Arm, ArmFailed, Load, Peer, add_peer_option, current_load, open_arms
-from nanochat.bench.step import bare_step, build
+from nanochat.bench.step import build
 from nanochat.config.check import Checked
 from nanochat.config.compose import compose
 from nanochat.config.vocabulary import build_data, fit_vocabulary
 from nanochat.console import Parser, count
 from nanochat.data import DataModule
-from nanochat.data.random_tokens import RandomTokens
 from nanochat.device import find_device
 from nanochat.errors import UserError
-from nanochat.model.bitlinear import keep_trits
 from nanochat.objectives import IGNORED
 from nanochat.reports.table import show
 from nanochat.run import settle, train
 from nanochat.training.module import model_config
-
-TRIAL_STEPS = 4
 
 
 def configure(overrides: Sequence[str], seconds: int) -> dict[str, Any]:
@@ -47,47 +47,41 @@ def configure(overrides: Sequence[str], seconds: int) -> dict[str, Any]:
 
     Raises `UserError` for overrides of what the bench decides, and for data that are not a text.
     """
-    decided = ("trainer.max_time", "trainer.val_check_interval", "callbacks.metrics", "ckpt_path", "hydra.")
+    decided = (
+        *("trainer.max_time", "trainer.max_steps", "trainer.limit_val_batches", "schedule.horizon"),
+        *("callbacks.metrics", "ckpt_path", "hydra."),
+    )
     for word in overrides:
         if word.lstrip("+~").startswith(decided):
             raise UserError(f"{word}: bench equal-time decides this itself; say --seconds for the time.")
-    minutes, second = divmod(seconds, 60)
-    hours, minute = divmod(minutes, 60)
-    day, hour = divmod(hours, 24)
-    limit = f"trainer.max_time='{day:02}:{hour:02}:{minute:02}:{second:02}'"
-    cfg = compose([*overrides, limit, "trainer.enable_progress_bar=false"])
+    length = [f"trainer.max_time={seconds}s", "trainer.max_steps=-1", "schedule.horizon=time"]
+    cfg = compose([*overrides, *length, "trainer.limit_val_batches=0", "trainer.enable_progress_bar=false"])
     if cfg["data"].get("corpus") == "synthetic":
         raise UserError("bench equal-time needs a text; choose data=stdlib, text, code or jsonl.")
     return cfg
 
 
-def steps_in(cfg: dict[str, Any], load: Load, seconds: float) -> int:
-    """How many optimizer steps of ours fit the time: the rates of a run follow its number of steps, so that one which
-    the clock cut short would never have lowered them. A few steps on random tokens are timed; at least 10 are said."""
-    module = build(cfg)
-    keep_trits(module, load.accumulate > 1)
-    data = RandomTokens(load.config, load.batch, load.accumulate, module.device)
-    optimizer = module.configure_optimizers()
-    taken = []
-    for _ in range(TRIAL_STEPS):
-        start = time.perf_counter()
-        bare_step(module, optimizer, data.batches)
-        if module.device.type != "cpu":
-            getattr(torch, module.device.type).synchronize()
-        taken.append(time.perf_counter() - start)
-    return max(10, int(seconds / statistics.median(taken[1:])))
+def train_ours(cfg: dict[str, Any], settled: dict[str, Any], load: Load, data: DataModule) -> dict[str, Any]:
+    """Our run: {arm, parameters, steps, tokens, seconds, nats_per_token, bits_per_byte}.
 
-
-def train_ours(cfg: dict[str, Any], load: Load) -> dict[str, Any]:
-    """Our run: {steps, planned_steps, tokens, seconds, nats_per_token, bits_per_byte}."""
+    Args:
+        cfg: the configuration; settled: the same one with every `auto` decided, to validate with.
+    """
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(sys.stderr):
         folder = Path(place) / "run"
-        metrics = train(Checked(copy.deepcopy(cfg), []), folder)
+        train(Checked(copy.deepcopy(cfg), []), folder)
         with (folder / "metrics.csv").open(newline="") as file:
             speeds = [float(row["train/tokens_per_second"]) for row in csv.DictReader(file) if row["train/loss"]]
+        module = build(settled)
+        options = {key: settled["trainer"][key] for key in ("accelerator", "precision")}
+        trainer = Trainer(**options, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        last = folder / "checkpoints" / "last.ckpt"
+        trainer.validate(module, datamodule=data, ckpt_path=last, weights_only=True, verbose=False)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {
+        "arm": OURS,
+        "parameters": sum(p.numel() for p in module.parameters()),
         "steps": len(speeds),
-        "planned_steps": cfg["trainer"]["max_steps"],
         "tokens": load.tokens * len(speeds),
         "seconds": sum(load.tokens / speed for speed in speeds),
         "nats_per_token": metrics["val/loss"],
@@ -154,13 +148,8 @@ def main(argv: list[str]) -> int:
     fit_vocabulary(settled, data)
     config, device = model_config(settled), find_device(settled["trainer"]["accelerator"])
     load = current_load(config, data.batch_size, settled["trainer"]["accumulate_grad_batches"], device)
-    if not any(word.startswith("trainer.max_steps=") for word in options.overrides):
-        cfg["trainer"]["max_steps"] = steps_in(settled, load, options.seconds)
-    cfg["trainer"]["val_check_interval"] = cfg["trainer"]["max_steps"]  # once, at the end
     peers = {one.name: train_peer(one, options.compile, load, data, options.seconds) for one in options.peer}
-    module = build(settled)
-    ours = {"arm": OURS, "parameters": sum(p.numel() for p in module.parameters()), **train_ours(cfg, load)}
-    figures = {OURS: ours, **peers}
+    figures = {OURS: train_ours(cfg, settled, load, data), **peers}
     if not options.json:
         show_figures(figures, data, options.seconds, options.threads)
     report({"seconds": options.seconds, "runs": figures}, options.json)
@@ -180,7 +169,5 @@ def show_figures(figures: dict[str, dict[str, Any]], data: DataModule, seconds: 
         ]
         for run in figures.values()
     ]
-    ours = figures[OURS]
-    notes = [f"Ours: {ours['steps']:,} of {ours['planned_steps']:,} planned steps. {data.describe()}."]
     title = f"After {seconds} s of training, {threads} thread(s)"
-    show(title, ["arm", "parameters", "tokens", "tokens/s", "nats/token", "bits/byte"], rows, notes)
+    show(title, ["arm", "parameters", "tokens", "tokens/s", "nats/token", "bits/byte"], rows, [f"{data.describe()}."])
