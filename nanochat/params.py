@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 
 from nanochat.config.compose import compose
 from nanochat.config.vocabulary import plan_vocabulary
@@ -21,7 +20,7 @@ from nanochat.optim import Optimizer
 from nanochat.reports.table import Table
 from nanochat.run import settle
 from nanochat.training.memory import Memory, predict
-from nanochat.training.module import NanoChatModule
+from nanochat.training.module import NanoChatModule, build_optimizer
 
 
 @dataclass
@@ -29,6 +28,7 @@ class Part:
     """What the parameters of one row of the table come to."""
 
     parameters: int = 0
+    weight_bytes: int = 0
     optimizer_bytes: int = 0
     file_bytes: int = 0
 
@@ -45,7 +45,7 @@ def planned_optimizer(cfg: dict[str, Any], module: NanoChatModule) -> Optimizer:
         for name, p in module.named_parameters()
         if p.requires_grad
     ]
-    return instantiate(cfg["optim"])(named_parameters=named)
+    return build_optimizer(cfg, named)
 
 
 def count(cfg: dict[str, Any]) -> tuple[dict[str, Part], str]:
@@ -65,6 +65,7 @@ def count(cfg: dict[str, Any]) -> tuple[dict[str, Part], str]:
     for name, parameter in module.named_parameters():
         part = parts[part_of(name)]
         part.parameters += parameter.numel()
+        part.weight_bytes += parameter.numel() * parameter.element_size()
         part.optimizer_bytes += planned.get(name, 0)
     kind, sizes = planned_file(module.gpt.config, mtp_heads(module.objectives.state_dict()))
     for name, size in sizes.items():  # a file may have an output matrix where the network has its table alone
@@ -77,9 +78,9 @@ def table(title: str, parts: dict[str, Part], total: Part, kind: str) -> Table:
     rows = []
     for name, part in (*parts.items(), ("all", total)):
         share = f"{100 * part.parameters / total.parameters:.1f}%"
-        sizes = (4 * part.parameters, part.optimizer_bytes, part.file_bytes)
+        sizes = (part.weight_bytes, part.optimizer_bytes, part.file_bytes)
         rows.append([name, f"{part.parameters:,}", share, *(f"{size / 1e6:,.1f}" for size in sizes)])
-    headings = ["part", "parameters", "share", "float32 MB", "optimizer MB", f"GGUF MB ({kind.upper()})"]
+    headings = ["part", "parameters", "share", "weights MB", "optimizer MB", f"GGUF MB ({kind.upper()})"]
     return Table(title, headings, rows)
 
 
@@ -110,6 +111,7 @@ def main(argv: list[str]) -> int:
     parts, kind = count(cfg)
     total = Part(
         sum(part.parameters for part in parts.values()),
+        sum(part.weight_bytes for part in parts.values()),
         sum(part.optimizer_bytes for part in parts.values()),
         sum(part.file_bytes for part in parts.values()),
     )
@@ -120,7 +122,7 @@ def main(argv: list[str]) -> int:
             "parts": {name: part.parameters for name, part in parts.items() if part.parameters},
             "optimizer_bytes": total.optimizer_bytes,
             "optimizer_parts": {name: part.optimizer_bytes for name, part in parts.items() if part.parameters},
-            "training_bytes": 8 * total.parameters + total.optimizer_bytes,
+            "training_bytes": 2 * total.weight_bytes + total.optimizer_bytes,
             "file_bytes": total.file_bytes,
             "file_type": kind,
             "file_parts": {name: part.file_bytes for name, part in parts.items()},

@@ -31,7 +31,12 @@ def test_the_presets_size(capsys):
 
 @pytest.mark.parametrize(
     "overrides",
-    [["optim=muon8bit", "+mtp=on"], ["optim=galore8bit", "+mhc=on"], ["optim=adamw"]],
+    [
+        ["optim=muon8bit", "+mtp=on"],
+        ["optim=galore8bit", "+mhc=on"],
+        ["optim=adamw"],
+        ["optim=lion", "weights=bfloat16-master"],
+    ],
     ids=lambda overrides: " ".join(overrides),
 )
 def test_the_optimizer_s_bytes_are_those_of_a_run(overrides, capsys, tmp_path):
@@ -53,6 +58,18 @@ def test_optimizer_and_heads_count(capsys):
     assert mtp["file_bytes"] > plain["file_bytes"]
     wide = figures(capsys, "model=tiny", "optim=adamw")
     assert wide["optimizer_bytes"] > 8 * wide["parameters"] > 3 * plain["optimizer_bytes"]
+
+
+def test_weights_in_bfloat16_count(capsys):
+    wide, small, copies = (
+        figures(capsys, "model=tiny", "model.n_layers=1", "optim=adamw", f"weights={kind}")
+        for kind in ("float32", "bfloat16", "bfloat16-master")
+    )
+    assert small["parameters"] == wide["parameters"]
+    weights, states = wide["training_bytes"] - wide["optimizer_bytes"], wide["optimizer_bytes"]
+    assert weights / 2 < small["training_bytes"] - small["optimizer_bytes"] < 0.51 * weights
+    assert small["optimizer_bytes"] == states
+    assert 1.49 * states < copies["optimizer_bytes"] < 1.5 * states
 
 
 def test_only_sequential_heads_are_shipped(capsys):

@@ -25,7 +25,7 @@ from nanochat.objectives import Step
 from nanochat.objectives.token_filter import TopTokens, kept_count
 from nanochat.training.callbacks.collider import Collider
 from nanochat.training.ledger import GRADIENTS, KINDS, STATES, TRITS, WEIGHTS, Ledger
-from nanochat.training.module import NanoChatModule, total_norm
+from nanochat.training.module import NanoChatModule, clip, total_norm
 
 linear_cross_entropy = importlib.import_module("nanochat.objectives.linear_cross_entropy")
 """the module, which a function of its own name hides"""
@@ -143,9 +143,9 @@ class Rehearsal:
             there they are updated one by one.
         """
         module, optimizer = self.module, self.optimizer
-        if clip := self.cfg["trainer"].get("gradient_clip_val"):
-            norm = total_norm([p.grad for p in self.named.values() if p.grad is not None])
-            torch.nn.utils.clip_grads_with_norm_(self.named.values(), clip, norm)
+        if most := self.cfg["trainer"].get("gradient_clip_val"):
+            gradients = [p.grad for p in self.named.values() if p.grad is not None]
+            clip(gradients, most, total_norm(gradients))
         optimizer.set_progress(1, module.max_steps, module.schedule)
         for group in optimizer.param_groups:
             if group.get("kernels") == "bitsandbytes":  # which work in place

@@ -39,6 +39,8 @@ from nanochat.model.bitlinear import keep_trits
 from nanochat.model.checkpointing import set_checkpointing
 from nanochat.model.low_precision import keep_in_bfloat16
 from nanochat.objectives import IGNORED, NextToken, Objective, Step, linear_cross_entropy
+from nanochat.optim import Optimizer
+from nanochat.optim.build import Named
 from nanochat.optim.rounding import Rounding
 from nanochat.training.rng import get_rng_state, set_rng_state
 
@@ -54,6 +56,21 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm(gradients)
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+@torch.no_grad()
+def clip(gradients: list[Tensor], most: float, norm: Tensor) -> None:
+    """Scale gradients in place so that their norm, which is known, is at most `most`."""
+    torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))  # type: ignore[attr-defined]
+
+
+def build_optimizer(cfg: dict[str, Any], named: Named) -> Optimizer:
+    """The one optimizer of a run over some parameters; cfg: as the module's."""
+    optimizer: Optimizer = instantiate(cfg["optim"])(named_parameters=named)
+    weights = cfg.get("weights") or "float32"
+    if weights != "float32":
+        optimizer.rounding = Rounding(int(cfg.get("seed", 0)), master=weights == "bfloat16-master")
+    return optimizer
 
 
 class NanoChatModule(lightning.LightningModule):
@@ -81,8 +98,7 @@ class NanoChatModule(lightning.LightningModule):
         self.objectives = nn.ModuleDict({"next_token": NextToken(config, seed=seed, **loss)})
         for name, node in feature_nodes(cfg, Objective).items():
             self.objectives[name] = build_objective(node, config=config, seed=seed)
-        self.weights = cfg.get("weights") or "float32"
-        if self.weights != "float32":
+        if (cfg.get("weights") or "float32") != "float32":
             keep_in_bfloat16(self)
         set_checkpointing(self, cfg.get("activation_checkpointing") or "none")
         self.schedule = instantiate(cfg["schedule"])
@@ -169,8 +185,7 @@ class NanoChatModule(lightning.LightningModule):
         """Clip by the norm that the non-finite guard has already taken."""
         if gradient_clip_val:
             gradients = [ranks.own_part(p.grad) for p in self.parameters() if p.grad is not None]
-            factor = gradient_clip_val / (self.gradient_norm() + 1e-6)
-            torch._foreach_mul_(gradients, factor.clamp(max=1.0))  # type: ignore[attr-defined]
+            clip(gradients, gradient_clip_val, self.gradient_norm())
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         """One optimizer step, with every rate set as a function of (step, max_steps) alone."""
@@ -189,11 +204,7 @@ class NanoChatModule(lightning.LightningModule):
 
     def configure_optimizers(self):
         """The one optimizer over all named parameters (frozen ones left out)."""
-        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        optimizer = instantiate(self.cfg["optim"])(named_parameters=named)
-        if self.weights != "float32":
-            optimizer.rounding = Rounding(int(self.cfg.get("seed", 0)), master=self.weights == "bfloat16-master")
-        return optimizer
+        return build_optimizer(self.cfg, [(name, p) for name, p in self.named_parameters() if p.requires_grad])
 
     def configure_model(self) -> None:
         """Compile block by block, which keeps the state dict's keys and pays on CUDA."""

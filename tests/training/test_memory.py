@@ -1,5 +1,8 @@
 """The prediction of memory: what is counted without memory is what a real step holds, to the byte."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from nanochat.config.compose import compose
 from nanochat.config.vocabulary import plan_vocabulary
 from nanochat.run import settle
 from nanochat.training.ledger import ACTIVATIONS, GRADIENTS, STATES, TRITS, WEIGHTS, WORKSPACE, Ledger
-from nanochat.training.memory import predict
+from nanochat.training.memory import Rehearsal, predict
 
 SMALL = [
     "experiment=tiny", "model.dim=64", "model.n_layers=2", "model.ffn_dim=128", "data.seq_len=32", "data.batch_size=4",
@@ -44,6 +47,42 @@ def test_the_rehearsal_holds_what_a_real_step_holds(overrides):
     predicted, real = predict(cfg), predict(cfg, fake=False)
     assert predicted == real
     assert predicted.peak == max(predicted.others.values()) > predicted.fixed > 0
+
+
+def allocated_at_the_peak(cfg):
+    """Bytes that torch's allocator has given out at most in a real step, above what is there before it: no count of
+    ours takes part."""
+    run = Rehearsal(cfg, torch.device("cpu"), Ledger())
+
+    def step():
+        for _ in range(run.accumulate):
+            run.micro_batch()
+        run.update()
+
+    step()  # makes the optimizer's state, and what is kept from then on
+    states = [value for state in run.optimizer.state.values() for value in state.values()]
+    kept = [*run.module.parameters(), *run.module.buffers(), *(one for one in states if isinstance(one, torch.Tensor))]
+    before = sum({one.data_ptr(): one.untyped_storage().nbytes() for one in kept}.values())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    recorded: Any = profiler.profiler
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return before + max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim=adamw", "trainer.accumulate_grad_batches=2"],
+        ["weights=bfloat16", "optim=adamw", "trainer.accumulate_grad_batches=2"],
+        ["weights=bfloat16-master", "optim=muon8bit", "model.tied=false"],
+    ],
+    ids=" ".join,
+)
+def test_the_allocator_gives_out_as_much(overrides):
+    cfg = settled(*overrides)
+    assert counted(cfg).peak == pytest.approx(allocated_at_the_peak(cfg), rel=0.002)
 
 
 def test_parts_against_their_own_sizes():
