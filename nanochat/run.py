@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 LENGTH = ("max_steps", "max_time")
 """values of the trainer that a resume may change for good"""
-RANK_ZERO = (Header, LossPlot, MetricsCSV, ProgressBar, TextSampler)
+RANK_ZERO = (Header, LossPlot, MetricsCSV, ProgressBar)
 """callbacks that only tell of a run, which one rank does for all"""
 
 
@@ -246,14 +246,13 @@ def build_trainer(
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     # after what records a validation
     callbacks = [*first, *callbacks, *([pruner] if pruner else []), PendingValidation()]
-    if ranks.rank():
-        callbacks = [callback for callback in callbacks if not isinstance(callback, RANK_ZERO)]
     sharded = options.pop("strategy", None) == "fsdp2"
+    if ranks.rank():
+        others = RANK_ZERO if sharded else (*RANK_ZERO, TextSampler)  # a model in parts writes with all of them
+        callbacks = [callback for callback in callbacks if not isinstance(callback, others)]
     if ranks.world() > 1 and sharded:
         # weights that are gathered in inference mode first could not be trained
         options |= {"strategy": ShardsStrategy(), "inference_mode": False}
-        # no rank has a whole model to write with
-        callbacks = [callback for callback in callbacks if not isinstance(callback, TextSampler)]
     elif ranks.world() > 1:
         options["strategy"] = OwnersStrategy()
     return instantiate(

@@ -13,7 +13,7 @@ from nanochat.checkpoint import build_gpt
 from nanochat.errors import UserError
 from nanochat.inference.sampling import Sampling
 from nanochat.inference.scheduler import Request, Scheduler, Token
-from nanochat.inference.slots import TorchBackend
+from nanochat.inference.slots import Backend, TorchBackend
 from nanochat.model.attention import causal_attention
 from nanochat.model.bitlinear import BitLinear
 from nanochat.model.config import GPTConfig
@@ -107,7 +107,7 @@ class Decoder:
 
 
 def generate_tokens(
-    gpt: GPT,
+    network: GPT | Backend,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     sampling: Sampling | None = None,
@@ -127,16 +127,18 @@ def generate_tokens(
     written depends on at most the last `seq_len` tokens, also of a longer prompt.
 
     Args:
-        gpt: best an `inference_copy`.
+        network: a GPT, best an `inference_copy`, or what runs one, with a free slot for each prompt.
         prompts: token ids, at least one a prompt.
         max_tokens: new tokens a sequence.
         stop_id: token that ends a sequence.
         vocab_limit: tokens from this id on are never drawn (a model's vocabulary can be wider than its
-            tokenizer's).
+            tokenizer's). A backend has a limit of its own.
     """
     if not prompts:
         raise UserError("a prompt of no tokens cannot be continued: the tokenizer has no document separator.")
-    scheduler = Scheduler(TorchBackend(gpt, len(prompts), vocab_limit=vocab_limit))
+    if isinstance(network, GPT):
+        network = TorchBackend(network, len(prompts), vocab_limit=vocab_limit)
+    scheduler = Scheduler(network)
     item: list[int | None] = []
     failures: list[str] = []
 
@@ -177,7 +179,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def generate_text(
-    gpt: GPT,
+    network: GPT | Backend,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_tokens: int = 64,
@@ -186,14 +188,14 @@ def generate_text(
 ) -> list[str]:
     """What the model writes after each prompt (without it), up to the document's end or `max_tokens`.
 
-    Safe in the middle of a training run: `gpt` keeps its mode and gradients, and torch's global generators
-    stay where they are. Prompt i draws with seed + i. Raises `UserError` for a model whose logits are not
-    finite.
+    Safe in the middle of a training run: a GPT, of which a copy writes, keeps its mode and gradients, and torch's
+    global generators stay where they are. A backend writes itself (see `generate_tokens`). Prompt i draws with
+    seed + i. Raises `UserError` for a model whose logits are not finite.
     """
     if not prompts:
         return []
     tokens = generate_tokens(
-        inference_copy(gpt),
+        inference_copy(network) if isinstance(network, GPT) else network,
         [encode_prompt(tokenizer, prompt) for prompt in prompts],
         max_tokens,
         sampling,

@@ -98,6 +98,8 @@ class TorchBackend:
         context: tokens of each; None takes the model's `seq_len`.
         vocab_limit: logits beyond it are left out (a model's vocabulary can be wider than its tokenizer's).
         drafter: made for as many slots and tokens.
+        rows: of a pass of single tokens, at least; None finds the fewest that give each sequence what it gets beside
+            all others.
 
     Raises `UserError` when the cache does not fit in memory.
     """
@@ -111,6 +113,7 @@ class TorchBackend:
         context: int | None = None,
         vocab_limit: int | None = None,
         drafter: Drafter | None = None,
+        rows: int | None = None,
     ) -> None:
         self.gpt, self.slots, self.drafter = gpt, slots, drafter
         self.drafts, self.draft_cost = len(drafter.heads) if drafter else 0, 0.0
@@ -118,7 +121,7 @@ class TorchBackend:
         self.vocab_size = min(vocab_limit or gpt.config.vocab_size, gpt.config.vocab_size)
         self.device = gpt.embedding.weight.device
         self.cache = SlotCache(gpt.config, slots, self.context, gpt.norm.weight)
-        self.rows = steady_rows(gpt, max(slots, 1 + self.drafts))
+        self.rows = steady_rows(gpt, max(slots, 1 + self.drafts)) if rows is None else rows
 
     @torch.inference_mode()
     def _hidden(self, tokens: Tensor, slots: Sequence[int], starts: Sequence[int], positions: int | Tensor) -> Tensor:

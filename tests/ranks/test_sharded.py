@@ -91,6 +91,16 @@ def test_a_run_moves_between_numbers_of_ranks_and_ways_to_use_them(place: Path, 
             assert torch.allclose(a[name].double(), b[name].double(), 1e-5, 1e-5), name
 
 
+def test_ranks_that_share_the_model_write_the_samples_of_one(place: Path, two: Pool) -> None:
+    words = [*SHARDED, *(word for word in WIDE if word != "~callbacks.sampler"), "callbacks.sampler.max_tokens=40",
+             "model.n_layers=2", "model.int8=false", "trainer.max_steps=4", "trainer.val_check_interval=2"]  # fmt: skip
+    compare(place, "samples", [None, two], words)  # the ranks train on after the first sample
+    one, other = ((place / f"samples-{i}" / "samples.md").read_text() for i in range(2))
+    assert one == other
+    assert one.count("## Step") == 2
+    assert len(one) > 200
+
+
 # ---- who holds what --------------------------------------------------------------------------------------------------
 
 

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from torch.distributed.fsdp import FSDPModule
 
+from nanochat import ranks
 from nanochat.errors import UserError
 from nanochat.files import atomic_write
-from nanochat.inference import Sampling, generate_text
-from nanochat.model import GPT
+from nanochat.inference import Sampling
 from nanochat.training.callbacks.base import validation_due
+from nanochat.training.sharded_text import write_text
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +26,8 @@ HEADING = re.compile(r"^## Step (\d+)$", re.MULTILINE)
 class TextSampler(Callback):
     """Lets the model write at each validation, into samples.md, and shows the first sample.
 
-    A resume drops the samples beyond its checkpoint.
+    A resume drops the samples beyond its checkpoint. Ranks that share the model compute the samples together, and rank
+    0 records them; otherwise rank 0 alone has this callback.
 
     Args:
         prompts: None: two beginnings out of the validation text.
@@ -48,8 +51,8 @@ class TextSampler(Callback):
         self.sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        path = Path(trainer.default_root_dir) / "samples.md"
-        if not path.exists():
+        path = _path(trainer)
+        if ranks.rank() or not path.exists():
             return
         # a validation that is made up for writes its sample again: the old one may have been cut off
         last = trainer.global_step - validation_due(trainer)
@@ -64,45 +67,61 @@ class TextSampler(Callback):
             raise UserError(f"{path} cannot be written: {error.strerror}.") from error
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.sanity_checking or data.token_bytes() is None:
+        prompts = self._prompts(trainer) if ranks.rank() == 0 else None
+        if isinstance(pl_module, FSDPModule):
+            prompts = ranks.same(prompts)
+        if prompts is None:
             return
-        path = Path(trainer.default_root_dir) / "samples.md"
-        heading = f"## Step {trainer.global_step}\n"
-        written = path.read_text(encoding="utf-8") if path.exists() else ""
-        if heading in written:  # a finished run is validated again
-            return
-        prompts = self._prompts(data)
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         try:
-            gpt: GPT = pl_module.gpt  # type: ignore[assignment]
-            texts = generate_text(gpt, data.tokenizer, prompts, self.max_tokens, self.sampling, self.seed)
+            texts = write_text(pl_module, tokenizer, prompts, self.max_tokens, self.sampling, self.seed)
         except UserError as error:
             log.warning("No sample at step %d: %s", trainer.global_step, error)
             return
-        loss = trainer.callback_metrics.get("val/loss")
-        parts = [heading] if loss is None else [heading, f"val/loss {float(loss):.4f}\n"]
-        parts += [
-            f"Prompt: {prompt!r}\n\n{fenced(prompt + text)}\n" for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write("\n".join(parts) + "\n")
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}.") from error
-        log.info("Sample at step %d:\n%s", trainer.global_step, prompts[0] + texts[0])
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_text"):
-                rows = [[trainer.global_step, p, t] for p, t in zip(prompts, texts, strict=True)]
-                columns = ["step", "prompt", "text"]
-                logger.log_text("samples", columns=columns, data=rows, step=trainer.global_step)  # type: ignore[attr-defined]
+        if ranks.rank() == 0:
+            _record(trainer, prompts, texts)
 
-    def _prompts(self, data: LightningDataModule) -> list[str]:
+    def _prompts(self, trainer: Trainer) -> list[str] | None:
+        """What to continue; None where no sample is due."""
+        data: LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.sanity_checking or data.token_bytes() is None:  # type: ignore[attr-defined]
+            return None
+        path = _path(trainer)
+        if path.exists() and _heading(trainer) in path.read_text(encoding="utf-8"):
+            return None  # a finished run is validated again
         if self.prompts is not None:
             return list(self.prompts)
         rows = next(iter(data.val_dataloader()))["tokens"]
         special = data.eot_id  # type: ignore[attr-defined]
         starts = [[t for t in row[:PROMPT_TOKENS].tolist() if t != special] for row in (rows[0], rows[-1])]
         return list(dict.fromkeys(data.tokenizer.decode(start) for start in starts))  # type: ignore[attr-defined]
+
+
+def _path(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "samples.md"
+
+
+def _heading(trainer: Trainer) -> str:
+    return f"## Step {trainer.global_step}\n"
+
+
+def _record(trainer: Trainer, prompts: Sequence[str], texts: Sequence[str]) -> None:
+    """Append the samples of a validation to the file, show the first one, and hand all to the loggers."""
+    path = _path(trainer)
+    loss = trainer.callback_metrics.get("val/loss")
+    parts = [_heading(trainer)] if loss is None else [_heading(trainer), f"val/loss {float(loss):.4f}\n"]
+    parts += [f"Prompt: {prompt!r}\n\n{fenced(prompt + text)}\n" for prompt, text in zip(prompts, texts, strict=True)]
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n".join(parts) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+    log.info("Sample at step %d:\n%s", trainer.global_step, prompts[0] + texts[0])
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_text"):
+            rows = [[trainer.global_step, p, t] for p, t in zip(prompts, texts, strict=True)]
+            columns = ["step", "prompt", "text"]
+            logger.log_text("samples", columns=columns, data=rows, step=trainer.global_step)  # type: ignore[attr-defined]
 
 
 def fenced(text: str) -> str:
