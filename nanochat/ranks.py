@@ -16,15 +16,16 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 TIMEOUT = datetime.timedelta(minutes=30)
-"""of a collective: others wait while rank 0 saves or writes samples"""
+"""of a collective, unless `rank_timeout` says another: others wait while rank 0 saves or reports"""
 
 
-def join(store: Store, cuda_device: int | None = None) -> None:
+def join(store: Store, cuda_device: int | None = None, timeout: datetime.timedelta = TIMEOUT) -> None:
     """Enter the process group that the environment describes.
 
     Args:
         store: through which the ranks find each other.
         cuda_device: index of this rank's GPU; None computes on the CPU.
+        timeout: how long a rank waits for the others in a collective before that fails.
     """
     if dist.is_initialized():
         return
@@ -33,7 +34,7 @@ def join(store: Store, cuda_device: int | None = None) -> None:
         torch.cuda.set_device(cuda_device)
         backend = "cpu:gloo,cuda:nccl"
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
 
 
 def leave() -> None:

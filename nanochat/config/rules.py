@@ -100,6 +100,9 @@ def plain_keys(values: Values) -> Iterator[Problem]:
         yield Problem("weights", f"weights={kind} is unknown{did_you_mean(str(kind), WEIGHTS)}")
     elif kind not in (None, "float32") and (ranks := rank_count({"trainer": values.node("trainer")})) > 1:
         yield Problem("weights", f"weights={kind} is for a run on one device, and this one has {ranks} ranks.")
+    limit = values.get("rank_timeout")
+    if limit is not None and (text := _bad_duration(limit)):
+        yield Problem("rank_timeout", f"rank_timeout={text}")
     path = values.get("ckpt_path")
     if path is None or path in ("last", "auto"):
         return
@@ -170,10 +173,8 @@ def trainer_fits(values: Values) -> Iterator[Problem]:
     yield from _ranks_fit(trainer)
     limit = trainer.get("max_time")
     if limit is not None:
-        try:
-            duration(limit)
-        except UserError as error:
-            yield Problem("trainer.max_time", f"trainer.max_time={error}")
+        if text := _bad_duration(limit):
+            yield Problem("trainer.max_time", f"trainer.max_time={text}")
     elif _ends_with_time(values):
         text = "schedule.horizon=time needs the time: trainer.max_time=8h, for example."
         yield Problem("trainer.max_time", text)
@@ -181,6 +182,15 @@ def trainer_fits(values: Values) -> Iterator[Problem]:
     if isinstance(device, str) and device not in DEVICES:
         text = f"trainer.accelerator={device} is unknown{did_you_mean(device, DEVICES)}"
         yield Problem("trainer.accelerator", text)
+
+
+def _bad_duration(value: Any) -> str | None:
+    """What is wrong with a length of time; None: nothing is."""
+    try:
+        duration(value)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _ranks_fit(trainer: dict[str, Any]) -> Iterator[Problem]:

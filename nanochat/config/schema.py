@@ -20,7 +20,10 @@ _INSTALLED = Path(__file__).resolve().parents[1] / "conf"
 CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "conf"
 """the configuration files: inside an installed package, or beside it in a checkout"""
 
-PLAIN_KEYS = ("seed", "task_name", "tags", "ckpt_path", "compile", "activation_checkpointing", "weights", "loss")
+PLAIN_KEYS = (
+    *("seed", "task_name", "tags", "ckpt_path", "compile", "activation_checkpointing", "weights", "rank_timeout"),
+    "loss",
+)
 TARGET_GROUPS = ("model", "optim", "schedule", "data", "tokenizer", "trainer")
 """groups that are one node with a `_target_`"""
 NODE_GROUPS = ("logger", "callbacks")

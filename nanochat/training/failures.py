@@ -17,6 +17,7 @@ LOST = re.compile(
     r"Timed out waiting|Socket Timeout",
     re.I,
 )
+TIMED_OUT = re.compile(r"timed? ?-?out", re.I)
 OWN_FAULT = re.compile(r"device-side assert|no kernel image|invalid (?:argument|configuration|device)", re.I)
 """CUDA errors that would come again"""
 
@@ -25,6 +26,10 @@ class LostDeviceError(UserError):
     """A device or a connection failed; the same command may work on the next attempt."""
 
     exit_code = TRY_LATER
+
+
+class SilentRankError(LostDeviceError):
+    """Ranks have waited in vain for another one, which may still be there."""
 
 
 def is_lost(error: BaseException) -> bool:
@@ -48,9 +53,17 @@ def in_words(error: BaseException, plain: dict[str, Any], step: int, saved: str 
     ):
         return UserError(f"the memory is full in step {step + 1}: {'; or '.join(smaller(plain))}.")
     if is_lost(error):
-        kept = f"resume from {saved} with ckpt_path=auto" if saved else "there is no checkpoint yet, so start again"
-        return LostDeviceError(f"the device or a connection failed after step {step} ({text[:160]}); {kept}.")
+        if torch.distributed.is_initialized() and TIMED_OUT.search(text):
+            waited = f"ranks have waited for {plain.get('rank_timeout') or '30m'} (rank_timeout) for one that is silent"
+            return SilentRankError(f"{waited}, after step {step}; {_next_start(saved)}.")
+        return LostDeviceError(
+            f"the device or a connection failed after step {step} ({text[:160]}); {_next_start(saved)}."
+        )
     return None
+
+
+def _next_start(saved: str | None) -> str:
+    return f"resume from {saved} with ckpt_path=auto" if saved else "there is no checkpoint yet, so start again"
 
 
 def smaller(plain: dict[str, Any]) -> list[str]:

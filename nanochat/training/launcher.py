@@ -8,8 +8,10 @@ of any run and hands the others what they are to do (`lead`, `follow`).
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import logging
+import math
 import os
 import pickle
 import signal
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,10 +30,11 @@ from hydra.core.hydra_config import HydraConfig
 from torch.distributed import FileStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from nanochat import ranks
+from nanochat.console import duration
 from nanochat.errors import UserError, print_error
 from nanochat.run_lock import TRY_LATER
 from nanochat.training.callbacks.signals import SIGNALS
-from nanochat.training.failures import is_lost
+from nanochat.training.failures import SilentRankError, is_lost
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +42,10 @@ JOB, RESULT, ERROR, LEFT, STORE = "job.pickle", "result.json", "error-{}.json", 
 LIFE = "NANOCHAT_LIFE"
 SAVED = {128 + signal.SIGINT, 128 + signal.SIGTERM, TRY_LATER}
 """exit codes of a rank that a signal ended once the run was saved; the last one also of a rank that lost the others"""
+AGAIN = "Start the run again with ckpt_path=auto: it goes on from its last checkpoint."
 POLL = 0.1  # seconds between two looks at the ranks
 GRACE = 10.0  # seconds in which the ranks that are left may say what is wrong with them
+REPORT = 300.0  # seconds, beside `rank_timeout`, in which all have to end once one has: rank 0 writes the report
 
 
 @dataclass
@@ -90,8 +95,8 @@ def run_ranks(job: Job, count: int) -> dict[str, float]:
         place = Path(name)
         (place / JOB).write_bytes(pickle.dumps(job))
         with _started(place, count) as (processes, received):
-            codes = _wait(processes, place)
-        _raise_for(codes, place, received)
+            codes = _wait(processes, place, timeout_of(job.plain).total_seconds() + REPORT)
+        _raise_for(codes, place, received, [number for number in range(count) if number not in codes])
         return json.loads((place / RESULT).read_text())
 
 
@@ -133,42 +138,59 @@ def _started(place: Path, count: int) -> Iterator[tuple[list[subprocess.Popen], 
         os.close(write)
 
 
-def _wait(processes: list[subprocess.Popen], place: Path) -> dict[int, int]:
-    """Exit codes by rank, as they ended; those left GRACE seconds after a failure are missing."""
+def _wait(processes: list[subprocess.Popen], place: Path, patience: float = math.inf) -> dict[int, int]:
+    """Exit codes by rank, as they ended; missing are those left GRACE seconds after a failure, or `patience` seconds
+    after a rank that ended well."""
     codes: dict[int, int] = {}
-    deadline: float | None = None
-    while len(codes) < len(processes) and (deadline is None or time.monotonic() < deadline):
+    deadline, failed = math.inf, False
+    while len(codes) < len(processes) and time.monotonic() < deadline:
         time.sleep(POLL)
         for number, process in enumerate(processes):
             if number not in codes and process.poll() is not None:
                 codes[number] = process.returncode
-        if deadline is None and any(codes.values()) and not (place / LEFT).exists():
-            deadline = time.monotonic() + GRACE
+                deadline = min(deadline, time.monotonic() + patience)
+        if not failed and any(codes.values()) and not (place / LEFT).exists():
+            deadline, failed = min(deadline, time.monotonic() + GRACE), True
     return codes
 
 
-def _raise_for(codes: dict[int, int], place: Path, received: list[int]) -> None:
-    """Raise what ended the ranks, unless all is well: the cause rather than its consequences for the others."""
+def _raise_for(codes: dict[int, int], place: Path, received: list[int], left: Sequence[int] = ()) -> None:
+    """Raise what ended the ranks, unless all is well: the cause rather than its consequences for the others.
+
+    left: ranks that had to be stopped.
+    """
     failures = {number: code for number, code in codes.items() if code}
     if not failures:
+        if left:
+            raise RankDiedError(f"rank {left[0]} hangs: the others have ended, and it did not. {AGAIN}")
         return
     # a rank that was killed, then one with an error of its own, then those that a signal ended or that lost it
     number = min(failures, key=lambda rank: (failures[rank] == TRY_LATER, failures[rank] in SAVED, failures[rank] >= 0))
+    if failures[number] == TRY_LATER:  # who has waited longest knows best
+        number = next((rank for rank in failures if _said(place, rank).get("silent")), number)
     code, count = failures[number], len(codes)
     if (place / LEFT).exists() and code in SAVED:
         raise SystemExit(code)
-    again = "the others were stopped. Start the run again with ckpt_path=auto: it goes on from its last checkpoint."
+    again = f"the others were stopped. {AGAIN}"
     if -code in received:  # before there was anything to save, or for the second time
         raise SystemExit(128 - code)
     if code < 0:
         raise RankDiedError(f"rank {number} was killed by {signal.Signals(-code).name}; {again}")
-    with contextlib.suppress(OSError, ValueError):
-        error = UserError(json.loads((place / ERROR.format(number)).read_text())["text"])
+    if said := _said(place, number):
+        hangs = f"rank {left[0]} hangs: " if left and said.get("silent") else ""
+        error = UserError(hangs + said["text"])
         error.exit_code = code
         raise error
     if code == TRY_LATER:
         raise RankDiedError(f"rank {number} lost its connection to the others; {again}")
     raise RankFailedError(f"rank {number} of {max(count, number + 1)} failed; its traceback is above.")
+
+
+def _said(place: Path, number: int) -> dict[str, Any]:
+    """The sentence that a rank has left, as `text`; empty where it has not."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((place / ERROR.format(number)).read_text())
+    return {}
 
 
 # ---- ranks of torchrun ----------------------------------------------------------------------------------------------
@@ -202,13 +224,19 @@ def enter(plain: dict[str, Any], store: Store) -> None:
     if plain["trainer"]["accelerator"] in ("cuda", "gpu"):
         local, devices = int(os.environ["LOCAL_RANK"]), plain["trainer"]["devices"]
         device = devices[local] if isinstance(devices, list) else local
-    ranks.join(PrefixStore("group", store), device)
+    ranks.join(PrefixStore("group", store), device, timeout_of(plain))
 
 
-def store_at(place: Path) -> Store:
+def timeout_of(plain: dict[str, Any]) -> datetime.timedelta:
+    """How long a rank of a settled configuration waits for the others."""
+    limit = plain.get("rank_timeout")
+    return ranks.TIMEOUT if limit is None else datetime.timedelta(seconds=duration(limit))
+
+
+def store_at(place: Path, timeout: datetime.timedelta) -> Store:
     """Through which our own ranks find each other: a file, as a free port may be taken before they listen on it."""
     store = FileStore(str(place / STORE), int(os.environ["WORLD_SIZE"]))
-    store.set_timeout(ranks.TIMEOUT)
+    store.set_timeout(timeout)
     return store
 
 
@@ -236,7 +264,8 @@ def exit_code_of(error: Exception, place: Path | None) -> int:
             if ranks.rank() == 0:
                 print_error(error)
         else:
-            (place / ERROR.format(os.environ["RANK"])).write_text(json.dumps({"text": str(error)}))
+            said = {"text": str(error), "silent": isinstance(error, SilentRankError)}
+            (place / ERROR.format(os.environ["RANK"])).write_text(json.dumps(said))
         return error.exit_code
     if is_lost(error):
         sentence = str(error).strip().partition("\n")[0][:200]

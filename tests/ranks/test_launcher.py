@@ -17,6 +17,7 @@ from nanochat.config.schema import CONF
 from nanochat.errors import ConfigError, UserError
 from nanochat.ranks import TIMEOUT
 from nanochat.training import launcher
+from nanochat.training.failures import in_words
 from nanochat.training.launcher import RankDiedError, RankFailedError
 from tests.ranks.pools import Pool, Train, close, job_of, train_on
 from tests.ranks.test_agreement import WIDE
@@ -25,11 +26,12 @@ from tests.runs import configure, read_state, words
 # ---- the end of a job ------------------------------------------------------------------------------------------------
 
 
-def ended(place: Path, *programs: str) -> None:
+def ended(place: Path, *programs: str, patience: float = 60.0) -> None:
     """Watch some programs in the place of ranks to their end."""
     processes = [subprocess.Popen([sys.executable, "-c", program], cwd=place) for program in programs]
     try:
-        launcher._raise_for(launcher._wait(processes, place), place, [])
+        codes = launcher._wait(processes, place, patience)
+        launcher._raise_for(codes, place, [], [i for i in range(len(programs)) if i not in codes])
     finally:
         for process in processes:
             process.kill()
@@ -68,12 +70,33 @@ def test_the_cause_is_told_and_not_its_consequences(tmp_path: Path, monkeypatch:
         launcher._raise_for({0: 143, 1: 1}, tmp_path, [])
 
 
+def test_a_rank_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "GRACE", 0.5)
+    with pytest.raises(RankDiedError, match=r"^rank 1 hangs: the others have ended, and it did not\. .*auto") as error:
+        ended(tmp_path, "", SLEEP, patience=0.5)
+    assert error.value.exit_code == 75
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    late = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation")
+    silent = in_words(late, {"rank_timeout": "5s"}, 7, "last.ckpt")
+    monkeypatch.setenv("RANK", "2")
+    assert launcher.exit_code_of(silent, tmp_path) == 75
+    monkeypatch.setenv("RANK", "0")  # another one notices that this one has left
+    lost = in_words(RuntimeError("gloo: Connection closed by peer"), {}, 7, None)
+    assert launcher.exit_code_of(lost, tmp_path) == 75
+    sentence = r"^rank 1 hangs: ranks have waited for 5s \(rank_timeout\) for one that is silent, after step 7; resume"
+    with pytest.raises(UserError, match=sentence) as waited:
+        ended(tmp_path, LOST, SLEEP, LOST)
+    assert waited.value.exit_code == 75
+
+
 def test_our_own_ranks_meet_in_a_file_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    one, other = launcher.store_at(tmp_path), launcher.store_at(tmp_path)
+    timeout = launcher.timeout_of({"rank_timeout": "90s"})
+    one, other = launcher.store_at(tmp_path, timeout), launcher.store_at(tmp_path, timeout)
     one.set("word", "here")
     assert other.get("word") == b"here"
-    assert other.timeout == TIMEOUT  # type: ignore[attr-defined]
+    assert other.timeout.total_seconds() == 90  # type: ignore[attr-defined]
+    assert launcher.timeout_of({}) == TIMEOUT
     assert (tmp_path / launcher.STORE).is_file()
 
 
@@ -200,6 +223,25 @@ def test_a_signal_to_the_command(place: Path, number: int, code: int) -> None:
     if number == signal.SIGTERM:
         assert read_state(folder)["global_step"] > 0
         assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_a_rank_that_sleeps_ends_the_job_in_time(place: Path, strategy: str) -> None:
+    folder = place / f"asleep-{strategy}"
+    more = [f"+trainer.strategy={strategy}", "trainer.max_steps=100000", "rank_timeout=5s",
+            "callbacks.checkpoint.every_n_train_steps=1"]  # fmt: skip
+    process = subprocess.Popen(command(place, folder, *more), env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for((folder / "checkpoints" / "last.ckpt").exists)
+    ranks = children(process.pid)
+    os.kill(ranks[1], signal.SIGSTOP)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 75
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: rank 1 hangs: ranks have waited for 5s (rank_timeout)")
+    assert last.endswith("last.ckpt with ckpt_path=auto.")
+    assert all(not Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
 @pytest.mark.slow
