@@ -132,7 +132,10 @@ def equal_runs(one: Path, other: Path) -> None:
 
 
 FEATURES = {
-    "streams": ["+mhc=on", "mhc.streams=4"],
+    "streams": [
+        *("+mhc=on", "mhc.streams=4", "activation_checkpointing=feedforward"),
+        *("model.weight_block=row", "model.int8=true", "model.int8_backward=true"),
+    ],
     "dynamic-streams": ["+mhc=on", "mhc.maps=dynamic", "optim=muon8bit", "+mtp=on", "+collider=on"],
 }
 

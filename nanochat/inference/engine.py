@@ -53,7 +53,8 @@ def inference_copy(gpt: GPT, activation_scale: str | None = None) -> GPT:
         gpt: any GPT, also one in training.
         activation_scale: "none" computes with float activations, as GGUF files in F32 and F16 do.
     """
-    config = replace(gpt.config, int8=False, activation_scale=activation_scale or gpt.config.activation_scale)
+    per = activation_scale or gpt.config.activation_scale
+    config = replace(gpt.config, int8=False, int8_backward=False, activation_scale=per)
     weights = {name: parameter.detach() for name, parameter in gpt.state_dict().items()}
     for name, module in gpt.named_modules():
         if isinstance(module, BitLinear):

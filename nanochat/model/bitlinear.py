@@ -156,6 +156,7 @@ class BitLinear(nn.Module):
         self.ternary, self.block, self.scale_format = config.ternary, config.weight_block, config.scale_format
         self.activation_scale = config.activation_scale if config.ternary else "none"
         self.int8 = config.int8 is True and constant_scales(self.block, inputs)
+        self.int8_backward = config.int8_backward
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self._kept: _Quantised | None = None
 
@@ -213,9 +214,8 @@ def project(x: Tensor, *linears: BitLinear) -> tuple[Tensor, ...]:
     """
     if all(linear.int8 and linear.ternary for linear in linears):
         quantised = [linear.quantised() for linear in linears]
-        return int8_linear(
-            x, [linear.weight for linear in linears], [t for t, _ in quantised], [s for _, s in quantised]
-        )
+        trits, scales = map(list, zip(*quantised, strict=True))
+        return int8_linear(x, [linear.weight for linear in linears], trits, scales, linears[0].int8_backward)
     h = int8_activation(x, linears[0].activation_scale)
     dtype = product_dtype(h, linears[0].weight.device)
     return tuple(F.linear(h, linear.shipped_weight(dtype)) for linear in linears)

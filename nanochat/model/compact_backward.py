@@ -335,7 +335,7 @@ def _straight_through(
 
 def _int8_linear(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], outs: Any) -> Callable[..., Gradients]:
     """Several integer products of the same rows, whose codes are made again."""
-    x, weights, trits, scales = args
+    x, weights, trits, scales, int8_backward = args
     x_key, w_keys = tape.save(x), [tape.weight(w) for w in weights]
     integers = [tape.save_constant(t) for t in (*trits, *scales)]
 
@@ -347,7 +347,7 @@ def _int8_linear(tape: Tape, func: Callable, args: Any, kwargs: dict[str, Any], 
         codes = (wide / step).round_().to(torch.int8)
         known = [(g, t, s, key) for g, t, s, key in zip(arrived, trits, scales, w_keys, strict=True) if g is not None]
         gradients, own_trits, own_scales, keys = map(list, zip(*known, strict=True))
-        dx, dw = int8_linear_backward(gradients, codes, step, own_trits, own_scales)
+        dx, dw = int8_linear_backward(gradients, codes, step, own_trits, own_scales, int8_backward)
         yield x_key, dx
         yield from ((key, g) for key, g in zip(keys, dw, strict=True) if key is not None)
 

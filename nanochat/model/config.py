@@ -83,6 +83,8 @@ class GPTConfig:
     """int8 activations by the absolute maximum per token, per block of 256 (as ggml's Q8_K), or none"""
     int8: bool | str = False
     """integer forward pass; `auto` is for a run to settle from its machine, and false here"""
+    int8_backward: bool = False
+    """with it, the gradients of the activations in integers, too, from gradients that are rounded stochastically"""
 
     value_embeddings: int = 0
     """tables of value embeddings: 0, 1 or 2 (2 take turns over the layers)"""
@@ -162,11 +164,15 @@ class GPTConfig:
             yield "model.int8=true needs ternary weights, and model.ternary is false."
         elif self.int8 is True and self.activation_scale != "token":
             yield f"model.int8=true needs model.activation_scale=token, not {self.activation_scale}."
-        elif self.int8 is True and not int8_fits(dataclasses.asdict(self)):
+        elif self.int8 is True and not int8_fits(vars(self)):
             yield (
                 f"model.int8=true needs scales that are constant along a row, and model.weight_block={block} is less "
                 f"than {max(self.dim, self.ffn_dim)} inputs; use model.weight_block=row."
             )
+        if not isinstance(self.int8_backward, bool):
+            yield f"model.int8_backward={self.int8_backward!r} must be true or false."
+        elif self.int8_backward and (not self.int8 or (self.int8 == "auto" and not int8_fits(vars(self)))):
+            yield "model.int8_backward=true needs the integer forward pass, which is off here; set model.int8=true."
         yield from self._value_problems()
         for field in ("rope_base", "norm_eps"):
             if not getattr(self, field) > 0:

@@ -38,7 +38,7 @@ def describe_techniques(plain_cfg: dict[str, Any], trainer: Any, module: Any) ->
     """
     model, texts = plain_cfg["model"], []
     if model.get("int8") is True:
-        texts.append("int8 forward")
+        texts.append("int8 forward and backward" if model.get("int8_backward") else "int8 forward")
     if tables := model.get("value_embeddings"):
         texts.append(f"{tables} table{'s' if tables > 1 else ''} of value embeddings ({model.get('value_gate')} gate)")
     if (streams := model.get("streams", 1)) > 1:

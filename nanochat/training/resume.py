@@ -37,6 +37,7 @@ WARN_IF_CHANGED = (
     "trainer.devices",
     "trainer.num_nodes",
     "model.int8",
+    "model.int8_backward",
 )
 """values that may change, at the price of other results than those of an undisturbed run"""
 PATHS = (

@@ -17,6 +17,7 @@ VARIANTS = {
     "plain": {},
     "float": {"ternary": False},
     "int8": {"weight_block": "row", "int8": True},
+    "int8 backward": {"weight_block": "row", "int8": True, "int8_backward": True},
     "streams": {"streams": 2},
     "dynamic streams": {"streams": 2, "stream_maps": "dynamic"},
     "value embeddings": {"value_embeddings": 2},

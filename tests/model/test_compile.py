@@ -11,6 +11,7 @@ VARIANTS = {
     "float": {"ternary": False},
     "ternary": {"weight_block": 16},
     "ternary, int8": {"weight_block": "row", "int8": True},
+    "ternary, int8 backward": {"weight_block": "row", "int8": True, "int8_backward": True},
     "streams": {"streams": 2},
     "value embeddings": {"value_embeddings": 1},
 }
@@ -35,7 +36,13 @@ def test_a_block_compiles_without_a_graph_break(variant):
         torch.autograd.grad(y, [x, *gpt.blocks.parameters()], upstream, allow_unused=True, retain_graph=True)
         for y in (got, expected)
     )
-    assert all(torch.allclose(i, j, atol=1e-4) for i, j in zip(a, b, strict=True) if i is not None)
+    for i, j in zip(a, b, strict=True):
+        if i is None:
+            continue
+        if gpt.config.int8_backward:  # a last bit of the gradient is another draw for its rounding
+            assert (i - j).norm() <= 0.03 * j.norm()
+        else:
+            assert torch.allclose(i, j, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
