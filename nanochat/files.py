@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from nanochat.errors import UserError
+
+PLAIN_PATH = re.compile(r"/?[A-Za-z_][\w.-]*(/[\w.-]+)+", re.ASCII)
+"""what Hydra's grammar takes for a text without quotes; a name without a slash could be `null` or `true`"""
 
 
 @contextlib.contextmanager
@@ -89,7 +93,9 @@ def _sync(path: Path) -> None:
 
 
 def quoted(path: Path) -> str:
-    """A path as a value of Hydra's grammar, whatever characters it has."""
+    """A path as a value of Hydra's grammar, whatever characters it has; in quotes where it needs them."""
+    if PLAIN_PATH.fullmatch(str(path)):
+        return str(path)
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 

@@ -43,6 +43,7 @@ LEAVINGS = {
     ".hydra",
     "train.log",
     "config.yaml",
+    "command.json",
     "model.json",
     "tokenizer.json",
     "multirun.yaml",

@@ -30,6 +30,7 @@ from nanochat.files import atomic_write, shown
 from nanochat.model.config import int8_fits
 from nanochat.reports.card import RunReport
 from nanochat.reports.loggers import build_loggers, close_loggers
+from nanochat.reports.origin import keep_command
 from nanochat.search import Trial
 from nanochat.training import launcher
 from nanochat.training.alike import check_alike
@@ -211,7 +212,7 @@ def from_recipe(key: str) -> bool:
 
 
 def write_run_files(folder: Path, plain: dict[str, Any], data: DataModule) -> None:
-    """config.yaml, tokenizer.json and model.json.
+    """config.yaml, command.json, tokenizer.json and model.json.
 
     A resume keeps config.yaml but for the run's length (steps and time): a run that was extended and then interrupted
     trains to its new end, with the rates of the new length.
@@ -225,6 +226,7 @@ def write_run_files(folder: Path, plain: dict[str, Any], data: DataModule) -> No
             resolved.trainer.update(length)
         with atomic_write(path) as file:
             file.write(OmegaConf.to_yaml(resolved).encode())
+        keep_command(folder)
         data.tokenizer.save(folder / "tokenizer.json")
         model_config(plain).to_json(folder / "model.json")
     except OSError as error:

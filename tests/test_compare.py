@@ -169,7 +169,33 @@ def train_here(words, folder, threads, watch):
     assert nanochat.cli.main(["train", *words, f"hydra.run.dir={quoted(folder)}"]) == 0
 
 
+def test_the_folder_of_a_run_is_given_as_it_was_typed(monkeypatch):
+    """So that the command is the same on any machine."""
+    commands = []
+
+    class Child:
+        returncode = 0
+
+        def __init__(self, command, **options):
+            commands.append(command)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+
+        def communicate(self):
+            return "", ""
+
+    monkeypatch.setattr(runner.subprocess, "Popen", Child)
+    runner._train(["seed=1"], Path("outputs/a b/steps-plain-1"), 1, set())
+    assert [command[2:] for command in commands] == [
+        ["nanochat.cli", "train", "seed=1", "hydra.run.dir='outputs/a b/steps-plain-1'"]
+    ]
+
+
 def test_real_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runner, "_train", train_here)
     out = tmp_path / "out"
     words = ["compare", *runs.words(tmp_path), "--arms", ARM, "--steps", "4", "--seeds", "2", "--out", str(out)]
@@ -195,7 +221,10 @@ def test_real_runs(tmp_path, capsys, monkeypatch):
     assert f"| {ARM} |" in (out / "comparison.md").read_text()
     assert nanochat.cli.main(["report", str(out)]) == 0
     assert f"{ARM} (" in capsys.readouterr().out
-    assert (out / "report.html").stat().st_size > 10_000
+    page = (out / "report.html").read_text()
+    assert len(page) > 10_000
+    assert str(tmp_path) not in page
+    assert page.count("nanochat train ckpt_path=auto model.dim=64") == 4
     # another comparison does not take these runs for its own
     assert nanochat.cli.main([*words, "--steps", "5"]) == 2
     assert "holds another run" in capsys.readouterr().err

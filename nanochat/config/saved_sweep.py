@@ -59,7 +59,7 @@ def read_sweep(folder: Path) -> SavedSweep | None:
 
 
 def resumed(folder: Path, name: str, saved: SavedSweep, rest: Sequence[str], trusted: bool) -> list[str]:
-    """The command line that goes on with a sweep.
+    """The command line that goes on with a sweep, to be run in the sweep's working folder if that is still there.
 
     Args:
         name: the folder as the user wrote it. rest: the rest of the command line.
@@ -82,4 +82,6 @@ def resumed(folder: Path, name: str, saved: SavedSweep, rest: Sequence[str], tru
         if strange := [word for word in settings if not HARMLESS.match(key_of(word)) or "${" in word]:
             raise ConfigError(f"--resume {name}: {strange[0]} is a setting of Hydra's; give it again, or {TRUST}")
         SavedConfig(folder, name, rest).check_overrides(saved.task)
-    return ["-m", *saved.task, *settings, *rest, f"hydra.sweep.dir={quoted(folder)}"]
+    here = saved.cwd
+    place = folder.relative_to(here) if here is not None and folder.is_relative_to(here) else folder
+    return ["-m", *saved.task, *settings, *rest, f"hydra.sweep.dir={quoted(place)}"]

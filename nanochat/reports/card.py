@@ -6,15 +6,12 @@ import json
 import logging
 import math
 import platform
-import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +31,7 @@ from nanochat.reports.header import (
     tokens_per_step,
 )
 from nanochat.reports.loggers import log_summary
+from nanochat.reports.origin import origin
 from nanochat.run_folder import as_float, read_metrics
 
 log = logging.getLogger(__name__)
@@ -50,7 +48,7 @@ class RunReport:
 
     Build it when the run starts: it takes the time. summary.json is one flat mapping: `status` (finished, pruned,
     stopped, failed), `step`, the last metrics by their names in metrics.csv, `parameters`, `tokens`, `seconds`, `data`,
-    `overrides`, `command`, `commit`, `machine`, the versions; of a single run `peak_resident_bytes`, and of one with a
+    what `origin` says, `commit`, `machine`, the versions; of a single run `peak_resident_bytes`, and of one with a
     time limit `trained_seconds` and `max_seconds`, too.
     """
 
@@ -115,8 +113,7 @@ class RunReport:
             "data": self.data.describe(),
             "compression": dict(self.data.compression) if status in ("finished", "pruned") else {},
             "task_name": self.cfg.get("task_name"),
-            "overrides": overrides(),
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            **origin(self.folder),
             "commit": commit(),
             "nanochat": __version__,
             "torch": str(torch.__version__),
@@ -177,8 +174,7 @@ class RunReport:
         if last.exists():
             prompt = "def " if self.cfg["data"].get("corpus") in ("stdlib", "code") else "The "
             table.add_row("next", f"nanochat generate {place} --prompt '{prompt}'")
-            more = [self._longer(trainer), *places_of_user()]
-            table.add_row("", f"nanochat train --resume {place} {' '.join(more)}")
+            table.add_row("", " ".join(["nanochat train --resume", place, *self._longer(trainer), *places_of_user()]))
             table.add_row("", f"nanochat export {place}")
         console = Console(highlight=False)
         if not console.is_terminal:
@@ -186,16 +182,12 @@ class RunReport:
         console.print()
         console.print(table)
 
-    def _longer(self, trainer: Trainer) -> str:
-        """The override that makes the run twice as long."""
+    def _longer(self, trainer: Trainer) -> list[str]:
+        """The override that makes the run twice as long; none where it ended before its time."""
         if self.limit is not None and self.limit.horizon == "time":
-            return f"trainer.max_time={math.ceil(2 * self.limit.seconds)}s"
-        return f"trainer.max_steps={2 * trainer.global_step}"
-
-
-def overrides() -> list[str]:
-    """The command line's overrides; empty when Hydra did not start the run."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+            return [f"trainer.max_time={math.ceil(2 * self.limit.seconds)}s"]
+        early = trainer.global_step < trainer.max_steps
+        return [] if early else [f"trainer.max_steps={2 * trainer.global_step}"]
 
 
 def commit() -> str | None:

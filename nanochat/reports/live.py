@@ -21,16 +21,25 @@ ORDER = ("running", "failed", "stopped", "pruned", "finished", "waiting")
 SPARE = 6  # lines of the terminal that are not the table's
 
 
+_showing: list[LiveTable] = []
+
+
+def name_job(number: int, words: str) -> None:
+    """Say what a job of the sweep that is shown has of its own, where its overrides come up as the sweep goes on."""
+    for table in _showing:
+        table.jobs[number] = words
+
+
 class LiveTable:
     """A table at the foot of the terminal; what the jobs print passes above it.
 
     Args:
         folder: of the sweep.
-        jobs: what each job has of its own; those that are not known yet are found in the folder.
+        jobs: what each job has of its own, by number; of a search `name_job` says it later.
     """
 
     def __init__(self, folder: Path, jobs: Sequence[str], console: Console | None = None) -> None:
-        self.folder, self.jobs = folder, list(jobs)
+        self.folder, self.jobs = folder, dict(enumerate(jobs))
         self.console = console or Console(stderr=True)
         self._live = Live(
             get_renderable=self.render, console=self.console, refresh_per_second=1, transient=True,
@@ -39,11 +48,13 @@ class LiveTable:
 
     def start(self) -> None:
         """Begin to show it."""
+        _showing.append(self)
         self._live.start(refresh=True)
 
     def stop(self) -> None:
         """Take it away."""
         self._live.stop()
+        _showing.remove(self)
 
     def render(self) -> Table:
         """The table as it is now."""
@@ -61,7 +72,7 @@ class LiveTable:
 
     def _count(self) -> int:
         found = [int(path.name) + 1 for path in self.folder.glob("*") if path.name.isdigit()]
-        return max([len(self.jobs), *found])
+        return max([0, *(number + 1 for number in self.jobs), *found])
 
     def _state(self, job: int) -> dict[str, Any]:
         folder = self.folder / str(job)
@@ -71,7 +82,7 @@ class LiveTable:
             state = "running"  # the summary is that of an earlier start
         return {
             "job": job,
-            "overrides": self.jobs[job] if job < len(self.jobs) else "",
+            "overrides": self.jobs.get(job, ""),
             "state": state if state in ORDER else "running",
             "step": row.get("step", ""),
             "loss": _short(row.get("train/loss") or summary.get("train/loss")),

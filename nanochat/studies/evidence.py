@@ -20,8 +20,9 @@ import yaml
 
 from nanochat import run_lock
 from nanochat.errors import UserError
-from nanochat.files import shown
-from nanochat.run_folder import as_number, read_metrics, read_summary
+from nanochat.reports.origin import FILE as COMMAND
+from nanochat.run_folder import as_number, read_mapping, read_metrics, read_summary
+from nanochat.studies.places import as_typed, from_here, name_of
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 RUN_FILES = ("config.yaml", "summary.json", "metrics.csv")
@@ -42,7 +43,7 @@ class Run:
     """One run, whatever became of it.
 
     Args:
-        folder: where it lies. name: the folder as one would type it.
+        folder: where it lies. name: the folder as a page shows it.
         config: resolved; empty where it cannot be read. overrides: of its command line.
         problem: why it takes no part in a mean; empty when it does.
     """
@@ -52,10 +53,16 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     problem: str = ""
+    root: Path | None = None
+    """the folder that was given, in which it was found"""
 
     @property
     def name(self) -> str:
-        return shown(self.folder)
+        return name_of(self.folder, self.root or self.folder)
+
+    def typed(self, value: Any) -> Any:
+        """A value of its configuration as a page shows it: with paths as they were typed."""
+        return as_typed(from_here(value), self.overrides)
 
     @property
     def seed(self) -> Any:
@@ -122,6 +129,11 @@ class Arm:
         """Those that take part in a mean, one for each seed."""
         return list({run.seed: run for run in reversed(self.runs) if not run.problem}.values())[::-1]
 
+    @property
+    def known(self) -> bool:
+        """Whether anything says what its configuration is; of an empty folder nothing does."""
+        return any(run.config or run.overrides for run in self.runs)
+
     def mean(self, values: Iterable[float | None]) -> float | None:
         """Of the known values."""
         known = [value for value in values if value is not None]
@@ -162,6 +174,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         found = list(_runs_below(path, DEPTH)) + _jobs_without_folder(path)
         if not any(run.config or run.summary for run in found):
             raise UserError(f"{path} has no runs in it; give a run, a sweep, or a comparison.")
+        for run in found:
+            run.root = path
         runs |= {run.folder.resolve(): run for run in found}
     return list(runs.values())
 
@@ -204,9 +218,10 @@ def _jobs_without_folder(sweep: Path) -> list[Run]:
 
 def read_run(folder: Path) -> Run:
     """A run folder; what is wrong with it is its `problem`."""
-    summary, (config, problem) = read_summary(folder), _read_config(folder / "config.yaml")
-    overrides = summary.get("overrides")
-    run = Run(folder, config, summary, list(map(str, overrides)) if isinstance(overrides, list) else [], problem)
+    summary, (config, problem) = from_here(read_summary(folder)), _read_config(folder / "config.yaml")
+    said = summary.get("overrides", read_mapping(folder / COMMAND).get("overrides"))
+    overrides = list(map(str, said)) if isinstance(said, list) else []
+    run = Run(folder, config, summary, overrides, problem)
     if not run.problem:
         run.problem = _problem(run)
     return run

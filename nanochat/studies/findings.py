@@ -19,11 +19,11 @@ MEMORY = {"memory/peak_bytes": "peak GPU MB", "peak_resident_bytes": "peak MB"}
 
 def question(groups: Sequence[Group]) -> str:
     """What the runs can answer."""
-    arms = [arm for group in groups for arm in group.arms]
+    arms = [arm for group in groups for arm in group.arms if arm.known]
     if len(arms) == 1:
         return f"How good is {arms[0].name}?"
     group = groups[0]
-    others = [arm.name for arm in group.arms[1:]]
+    others = [arm.name for arm in group.arms[1:] if arm.known]
     if not others:
         return "How good are these runs, each on its own text?"
     named = " or ".join(others)
@@ -38,12 +38,13 @@ def verdict(group: Group) -> str:
     unit, reference = UNITS[group.metric], group.reference
     if not reference.good:
         return "No run has finished with a result."
-    if len(group.arms) == 1:
+    others = [arm for arm in group.arms[1:] if arm.known]
+    if not others:
         mean, half = mean_interval(_values(group, reference))
         spread = f" ± {half:.4f} (95%, {len(reference.good)} seeds)" if len(reference.good) > 1 else ", one seed"
         return f"{reference.name} reaches {mean:.4f} {unit}{spread}."
     judged: dict[str, list[str]] = {}
-    for arm in group.arms[1:]:
+    for arm in others:
         gap = _difference(group, arm)
         judged.setdefault(_verdict(group, arm), []).append(f"{arm.name} ({gap})" if gap else arm.name)
     parts = []
@@ -115,7 +116,7 @@ def cost(group: Group, sizes: dict[str, str]) -> Table:
         columns["GGUF MB"] = [sizes.get(arm.name, "") for arm in group.arms]
     table = _table(columns)
     planned = any("~" in size for size in sizes.values())
-    note = "~ is the size of the tensors in the file that `nanochat export` would write; nothing has been exported yet."
+    note = "~ is the size of the tensors in the file that nanochat export would write; nothing has been exported yet."
     return replace(table, notes=[note]) if planned else table
 
 
@@ -225,7 +226,10 @@ def _notes_of(group: Group) -> Iterator[str]:
             "same order; less is better."
         )
     if len(group.arms) > MANY + 1:
-        yield f"Each interval stands for itself: of {len(group.arms) - 1} arms, one in twenty misses zero by chance."
+        yield (
+            f"Each of the {len(group.arms) - 1} intervals is judged alone: one in twenty misses zero by chance, where "
+            "there is no difference at all."
+        )
     if any(run.clock for arm in group.arms for run in arm.good):
         yield (
             "Tokens/s is the median over the later half of a run; the time of training leaves out validating, sampling "
@@ -237,6 +241,10 @@ def differences(group: Group) -> tuple[Table, Table]:
     """What the configurations do not share: what was chosen, and what followed from a chosen option."""
     arms = [arm for arm in group.arms if arm.runs[0].config]
     settings = [setting(arm.runs[0].config) for arm in arms]
+    written = [
+        {key: arm.runs[0].typed(value) for key, value in values.items()}
+        for arm, values in zip(arms, settings, strict=True)
+    ]
     keys = sorted(set().union(*settings)) if settings else []
     differing = [key for key in keys if len({_text(values, key) for values in settings}) > 1]
     chosen = {name for arm in arms for name in _chosen(arm)}
@@ -246,7 +254,7 @@ def differences(group: Group) -> tuple[Table, Table]:
     said = {word.lstrip("+~").partition("=")[0] for arm in arms for run in arm.runs for word in run.overrides}
     direct, derived = [], []
     for key in differing:
-        row = [key, *(_text(values, key) for values in settings)]
+        row = [key, *(_text(values, key) for values in written)]
         (derived if key.partition(".")[0] in follows and key not in said else direct).append(row)
     headings = ["key", *(arm.name for arm in arms)]
     return Table("", headings, rows + direct), Table("", headings, derived)
@@ -281,4 +289,4 @@ def flat_data(run: Run) -> dict[str, Any]:
     """The data's and the tokenizer's keys of a configuration that say what was trained on."""
     values = flat({key: run.config.get(key) or {} for key in ("data", "tokenizer")})
     hidden = ("data.seed", "data.prefetch", "data.cache_dir")
-    return {key: value for key, value in values.items() if key not in hidden and value is not None}
+    return {key: run.typed(value) for key, value in values.items() if key not in hidden and value is not None}

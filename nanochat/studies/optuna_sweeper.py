@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from nanochat import run_lock
 from nanochat.compat import job_error
 from nanochat.errors import UserError
+from nanochat.reports.live import name_job
 from nanochat.run_folder import read_summary
 from nanochat.search import Pruning, import_optuna, open_study
 
@@ -85,10 +86,14 @@ class Search(Sweeper):
         with run_lock.hold(folder):
             study = open_study(folder, self.seed, pruning)
             OmegaConf.save(self.config, folder / "multirun.yaml")
+            for trial in study.trials:
+                name_job(trial.number, " ".join(overrides(trial, trial.params)))
             for trials in iter(lambda: self._next(study, space), []):
                 jobs = [[*fixed, *overrides(trial, space)] for trial in trials]
                 for trial in trials:
-                    log.info("Job %d: %s", trial.number, " ".join(overrides(trial, space)))
+                    words = " ".join(overrides(trial, space))
+                    name_job(trial.number, words)
+                    log.info("Job %d: %s", trial.number, words)
                 with _without_lists_of_jobs(self.launcher):
                     returned = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
                 for trial, job in zip(trials, returned, strict=True):

@@ -198,7 +198,15 @@ class Report:
         return elements
 
     def _commands(self) -> list[str]:
-        return [_typed(command) for command in findings.shared_values(self.groups, "command")]
+        keys = ("command", "resumed_by")
+        found = [_typed(command) for key in keys for command in findings.shared_values(self.groups, key)]
+        # a sweep that was resumed has the same words behind the other program
+        return list(
+            {
+                command.removeprefix("python train.py ").removeprefix("nanochat train "): command
+                for command in reversed(found)
+            }.values()
+        )[::-1]
 
     def _data_card(self, group: Group) -> dict[str, str]:
         good = group.reference.good
@@ -274,9 +282,11 @@ def _scaled(line: page.Series, factor: float) -> page.Series:
 
 
 def _typed(command: str) -> str:
-    """A recorded command as one would type it."""
+    """A recorded command as one would type it; earlier versions noted the program alone."""
     program, _, rest = command.partition(" ")
-    return f"nanochat {rest}" if program == "cli.py" else f"python {command}" if program.endswith(".py") else command
+    if program in ("cli.py", "nanochat") and not rest.startswith("train "):
+        return f"nanochat train {rest}"
+    return f"python {command}" if program.endswith(".py") else command
 
 
 def _plain(text: str) -> str:

@@ -118,7 +118,7 @@ def compose_arm(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _train(words: list[str], folder: Path, threads: int, watch: set[subprocess.Popen]) -> None:
-    command = [sys.executable, "-m", "nanochat.cli", "train", *words, f"hydra.run.dir={quoted(folder.resolve())}"]
+    command = [sys.executable, "-m", "nanochat.cli", "train", *words, f"hydra.run.dir={quoted(folder)}"]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"

@@ -15,6 +15,7 @@ from optuna.trial import TrialState, create_trial
 
 from nanochat import launch, run_lock
 from nanochat.errors import UserError
+from nanochat.reports import live
 from nanochat.run_folder import read_summary
 from nanochat.search import Pruning, Trial, open_study
 from nanochat.studies.evidence import read_run
@@ -25,7 +26,7 @@ from tests.launching.conftest import Call
 SEARCH = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=swept")
 
 
-def test_a_search_goes_for_the_least_bits_per_byte(runs, call: Call, tmp_path: Path) -> None:
+def test_a_search_goes_for_the_least_bits_per_byte(runs, call: Call, monkeypatch, tmp_path: Path) -> None:
     code, out, err = call(
         *SEARCH, "seed=range(0,10)", "optim.lr=tag(log,interval(0.003,0.1))", "hydra.sweeper.n_trials=4"
     )
@@ -35,10 +36,13 @@ def test_a_search_goes_for_the_least_bits_per_byte(runs, call: Call, tmp_path: P
     assert all(0.003 <= cfg.optim.lr <= 0.1 for cfg in runs)
     best = min(range(4), key=lambda i: runs[i].seed)
     assert f"The best of 4 trials is job {best}: seed={runs[best].seed} optim.lr=" in out
-    # more trials go on from there, and none is made twice
+    # more trials go on from there, and none is made twice; the table on a terminal knows what each one varies
+    table = live.LiveTable(tmp_path / "swept", [])
+    monkeypatch.setattr(live, "_showing", [table])
     code, out, err = call("--resume", "swept", "hydra.sweeper.n_trials=5")
     assert (code, err) == (0, "")
     assert len(runs) == 5
+    assert table.jobs == {i: f"seed={cfg.seed} optim.lr={cfg.optim.lr}" for i, cfg in enumerate(runs)}
     assert "The best of 5 trials" in out
 
 
@@ -276,4 +280,8 @@ def test_a_pruned_run_ends_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert read_run(folder).problem == "pruned by its search at step 2"
     assert "Pruned after step 2" in capsys.readouterr().out
     assert launch.main(["--resume", str(folder)]) == 0  # by itself it is an ordinary run
-    assert (read_summary(folder)["status"], read_summary(folder)["step"]) == ("finished", 6)
+    after = read_summary(folder)
+    assert (after["status"], after["step"]) == ("finished", 6)
+    assert (after["overrides"], after["command"]) == (summary["overrides"], summary["command"])
+    assert after["command"].startswith("nanochat train -m hydra/sweeper=optuna")
+    assert after["resumed_by"] == "nanochat train --resume swept/1"

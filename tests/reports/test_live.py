@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from nanochat import run_lock
-from nanochat.reports.live import LiveTable
+from nanochat.reports.live import LiveTable, name_job
 from nanochat.run_folder import read_last_row
 from tests.reports.folders import write_run
 
@@ -43,6 +43,25 @@ def test_a_job_that_goes_on_is_running(tmp_path):
     assert drawn(table)[0].strip() == "2 jobs: 1 stopped, 1 pruned"
     with run_lock.hold(folder):
         assert drawn(table)[0].strip() == "2 jobs: 1 running, 1 pruned"
+
+
+def test_jobs_whose_overrides_come_up_later(tmp_path):
+    """Those of a search."""
+    write_run(tmp_path / "0", 1.25)
+    table = LiveTable(tmp_path, [], Console(file=io.StringIO(), width=100))
+    name_job(0, "before it is shown")
+    table.start()
+    name_job(0, "optim.lr=0.01")
+    name_job(2, "optim.lr=0.03")
+    table.stop()
+    name_job(1, "after")
+    lines = drawn(table)
+    assert lines[0].strip() == "3 jobs: 1 finished, 2 waiting"
+    assert [line.split("\u2502")[2].strip() for line in lines if line.startswith("\u2502")] == [
+        "optim.lr=0.01",
+        "",
+        "optim.lr=0.03",
+    ]
 
 
 def test_a_small_terminal_keeps_what_runs(tmp_path):

@@ -13,6 +13,7 @@ import nanochat.cli
 from nanochat.errors import UserError
 from nanochat.studies import findings
 from nanochat.studies.evidence import groups_of, read_runs
+from nanochat.studies.places import as_typed, from_here
 from nanochat.studies.report import Report
 from tests.reports.folders import TEXT, write_run, write_sweep
 
@@ -134,6 +135,51 @@ def test_a_run_of_before_and_a_single_run(tmp_path):
     [group] = groups(run)
     assert findings.verdict(group) == "tiny reaches 1.2500 bits per byte, one seed."
     assert findings.question([group]) == "How good is tiny?"
+
+
+def test_no_path_of_the_machine_is_on_a_page(tmp_path, monkeypatch, capsys):
+    """Wherever the runs lie and the command is typed; paths are shown as they were given to the runs."""
+    here, elsewhere = tmp_path / "here" / "work", tmp_path / "elsewhere"
+    here.mkdir(parents=True)
+    elsewhere.mkdir()
+    sweep = here / "sweep"
+    text, other = str(here / "texts" / "books"), str(here / "deep" / "down" / "books")
+    words = ["data.paths=[texts/books]"]
+    command = {"command": f"cli.py data.paths=[texts/books] hydra.run.dir='{sweep}/0'"}  # as earlier versions wrote it
+    write_run(sweep / "0", 1.0, 0, words, paths=text, **command)
+    write_run(sweep / "1", 1.0, 0, [*words, "optim=muon"], paths=text, optim="m", command="train.py -m optim=a,b")
+    write_run(sweep / "2", 1.0, 1, words, paths=text, status="failed", error=f"OSError: no room in {sweep}/2.")
+    write_run(sweep / "3", 1.0, 2, [], paths=other, command=f"nanochat train hydra.run.dir={sweep}/3")
+    (sweep / "4").mkdir()
+    for place, folder in ((here, "sweep"), (here, str(sweep)), (sweep / "0", ".."), (elsewhere, str(sweep))):
+        monkeypatch.chdir(place)
+        assert nanochat.cli.main(["report", folder, "--html", "page.html", "--md", "page.md"]) == 0
+        pages = [Path("page.html").read_text().replace("&#x27;", "'"), Path("page.md").read_text()]
+        assert all(f"{here}/texts" not in page and f"{here}/deep" not in page for page in pages)
+        assert all("sweep/4" in page for page in pages)
+        assert "'texts/books'" in pages[0]
+        if place == here:
+            assert "'deep/down/books'" in pages[0]  # that no override names
+            for page in pages:
+                assert str(tmp_path) not in page
+                assert "nanochat train data.paths=[texts/books] hydra.run.dir=" in page
+                assert "python train.py -m optim=a,b" in page
+                assert "OSError: no room in sweep/2." in page
+    assert "'…/down/books'" in pages[0]
+
+
+def test_paths_as_they_were_typed():
+    said = ["data.paths=[texts/a,/mnt/b]", "seed=1"]
+    given = {"paths": ["/home/me/texts/a", "/mnt/b", "/opt/lib/python/c.py"], "lr": 0.1, "name": "a/b"}
+    assert as_typed(given, said) == {
+        "paths": ["texts/a", "/mnt/b", "…/python/c.py"], "lr": 0.1, "name": "a/b",
+    }  # fmt: skip
+
+
+def test_texts_from_here(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    given = [f"'{tmp_path}/a b/c'", f"at {tmp_path}.", f"{tmp_path}-2/x", f"/mnt{tmp_path}/x", f"x={tmp_path}/y"]
+    assert from_here(given) == ["'a b/c'", "at ..", f"{tmp_path}-2/x", f"/mnt{tmp_path}/x", "x=y"]
 
 
 @pytest.mark.parametrize(("name", "said"), [("nowhere", "there is no folder"), ("empty", "has no runs in it")])

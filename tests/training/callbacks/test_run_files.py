@@ -20,8 +20,8 @@ def test_files_of_a_run(whole: tuple[Path, dict[str, float]]) -> None:
     folder, metrics = whole
     names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
     assert names == {
-        "config.yaml", "model.json", "tokenizer.json", "metrics.csv", "loss.png", "samples.md", "summary.json",
-        "checkpoints", "checkpoints/last.ckpt", "checkpoints/step=2.ckpt", "checkpoints/step=4.ckpt",
+        "config.yaml", "command.json", "model.json", "tokenizer.json", "metrics.csv", "loss.png", "samples.md",
+        "summary.json", "checkpoints", "checkpoints/last.ckpt", "checkpoints/step=2.ckpt", "checkpoints/step=4.ckpt",
         "checkpoints/step=5.ckpt", "heartbeat.json",
     }  # fmt: skip
     assert os.path.samefile(folder / "checkpoints/last.ckpt", folder / "checkpoints/step=5.ckpt")
