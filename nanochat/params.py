@@ -94,6 +94,8 @@ def memory_table(cfg: dict[str, Any], memory: Memory) -> Table:
     if trainer.get("strategy") == "fsdp2" and (count := rank_count(cfg)) > 1:
         title += f", each of {count} ranks"
     rows = [[name, f"{size / 2**20:,.0f}"] for name, size in (*memory.parts.items(), ("all", memory.peak))]
+    if memory.offloaded:
+        rows.append(["beside it, in the CPU's memory", f"{memory.offloaded / 2**20:,.0f}"])
     note = (
         "Counted by rehearsing a step on tensors without memory; Python and torch take about half a GB more. Less: "
         "activation_checkpointing=block, a smaller data.batch_size with more trainer.accumulate_grad_batches, an 8-bit "
@@ -126,7 +128,12 @@ def main(argv: list[str]) -> int:
             "file_bytes": total.file_bytes,
             "file_type": kind,
             "file_parts": {name: part.file_bytes for name, part in parts.items()},
-            "memory": {"peak": memory.peak, "moment": memory.moment, "parts": memory.parts},
+            "memory": {
+                "peak": memory.peak,
+                "moment": memory.moment,
+                "parts": memory.parts,
+                "offloaded": memory.offloaded,
+            },
         }
         print(json.dumps(figures))
         return 0

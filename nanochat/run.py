@@ -28,6 +28,7 @@ from nanochat.environment import rank_count, ranks_started
 from nanochat.errors import DivergedError, UserError
 from nanochat.files import atomic_write, shown
 from nanochat.model.config import int8_fits
+from nanochat.optim.offload import leaves
 from nanochat.reports.card import RunReport
 from nanochat.reports.loggers import build_loggers, close_loggers
 from nanochat.reports.origin import keep_command
@@ -87,6 +88,9 @@ def train(cfg: DictConfig | Checked, folder: Path | None = None) -> dict[str, fl
         plain = choose_batch(plain, folder)
     if warning := check_fits(plain):
         log.warning("%s", warning)
+    device = find_device(plain["trainer"]["accelerator"])
+    if plain.get("offload_optimizer") and not leaves(device):
+        log.warning("offload_optimizer=true changes nothing on %s, which has no memory of its own.", device.type)
     lightning.seed_everything(plain["seed"], verbose=False)
 
     data = build_data(plain)

@@ -103,6 +103,9 @@ def plain_keys(values: Values) -> Iterator[Problem]:
     limit = values.get("rank_timeout")
     if limit is not None and (text := _bad_duration(limit)):
         yield Problem("rank_timeout", f"rank_timeout={text}")
+    offload = values.get("offload_optimizer")
+    if offload is not None and not isinstance(offload, bool):
+        yield Problem("offload_optimizer", f"offload_optimizer={offload} must be true or false.")
     path = values.get("ckpt_path")
     if path is None or path in ("last", "auto"):
         return

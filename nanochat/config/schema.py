@@ -22,7 +22,7 @@ CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2
 
 PLAIN_KEYS = (
     *("seed", "task_name", "tags", "ckpt_path", "compile", "activation_checkpointing", "weights", "rank_timeout"),
-    "loss",
+    *("offload_optimizer", "loss"),
 )
 TARGET_GROUPS = ("model", "optim", "schedule", "data", "tokenizer", "trainer")
 """groups that are one node with a `_target_`"""

@@ -13,6 +13,7 @@ from torch import Tensor
 from nanochat import ranks
 from nanochat.errors import UserError
 from nanochat.optim.distributed import Owners, gather_states
+from nanochat.optim.offload import Away, leaves, visits
 from nanochat.optim.options import option_fields
 from nanochat.optim.rounding import Rounding
 from nanochat.optim.rule import Group, Rule, State
@@ -41,6 +42,7 @@ class Optimizer(torch.optim.Optimizer):
             that the step has to find out where states are quantised. That costs one host sync, the only one of a step.
         skipped_steps: dropped steps so far, part of the state.
         rounding: how parameters in bfloat16 are updated; None: as the rules do it. Set before the first step.
+        offload: keep the states of parameters on a GPU in the CPU's memory. Set before the first step.
 
     The state dict holds tensors, numbers and strings, keyed by parameter name. Over several ranks (`distribute`) each
     parameter's state is with its owner, or, where sharded parameters are updated in parts, split like these;
@@ -52,6 +54,7 @@ class Optimizer(torch.optim.Optimizer):
         self.skip_next: bool | None = None
         self.skipped_steps = 0
         self.rounding: Rounding | None = None
+        self.offload = False
         self.owners: Owners | None = None
         self._bytes_elsewhere: dict[Tensor, int] = {}
         self._state_bytes: dict[tuple[Any, ...], int] = {}
@@ -134,12 +137,12 @@ class Optimizer(torch.optim.Optimizer):
         for member, parameter in zip(members, parameters, strict=True):
             if not self.state[member]:
                 index = next(i for i, one in enumerate(group["params"]) if one is member)
-                self.state[member] = self.init_state(parameter, group, index)
-        states = [self.state[member] for member in members]
-        if self.rounding is None:
-            rule.step(group, parameters, gradients, states)
-        else:
-            self.rounding.step(rule, group, parameters, gradients, states)
+                self.state[member] = self.make_state(parameter, group, index)
+        for part in visits(parameters, gradients, [self.state[member] for member in members]):
+            if self.rounding is None:
+                rule.step(group, *part)
+            else:
+                self.rounding.step(rule, group, *part)
         # fused kernels do not: what is kept of a weight until it changes (its trits) goes by its version
         torch.autograd.graph.increment_version(parameters)
 
@@ -198,8 +201,19 @@ class Optimizer(torch.optim.Optimizer):
         state = self.rules[group["rule"]].init(parameter, group, index)
         return state if self.rounding is None else state | self.rounding.init(group["names"][index], parameter)
 
+    def make_state(self, parameter: Tensor, group: Group, index: int) -> State:
+        """The same, where this run keeps it."""
+        state = self.init_state(parameter, group, index)
+        return Away(parameter.device, state) if self.offload and leaves(parameter.device) else state
+
+    def _placed(self, state: State, device: torch.device) -> State:
+        """A copy of the state of a parameter on a device, where this run keeps it."""
+        if self.offload and leaves(device):
+            return Away(device, state)
+        return {key: v.detach().to(device, copy=True) if isinstance(v, Tensor) else v for key, v in state.items()}
+
     def _own_rows(self, state: State, group: Group, index: int, parameter: Tensor) -> State:
-        """A copy of this rank's part of the state of a parameter that is split; empty where it has no rows."""
+        """This rank's part of the state of a parameter that is split; empty where it has no rows."""
         shapes = part_shapes(parameter, ranks.world())[: ranks.rank() + 1]
         if not shapes[-1].numel():
             return {}
@@ -209,7 +223,7 @@ class Optimizer(torch.optim.Optimizer):
             if isinstance(value, Tensor) and value.ndim:
                 sizes = [part[key].shape[0] for part in parts]
                 value = value.narrow(0, sum(sizes[:-1]), sizes[-1])
-            own[key] = value.detach().to(parameter.device, copy=True) if isinstance(value, Tensor) else value
+            own[key] = value
         return own
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
@@ -217,6 +231,8 @@ class Optimizer(torch.optim.Optimizer):
 
         Over several ranks all of them have to ask; `state` is whole on rank 0 and empty elsewhere.
         """
+        if any(one.device.type == "cuda" for one in self.state.values() if isinstance(one, Away)):
+            torch.cuda.synchronize()  # some may be on their way back
         state, groups = {}, []
         for group in self.param_groups:
             saved = {key: group[key] for key in ("name", "rule", *self._saved_options(group))}
@@ -248,14 +264,13 @@ class Optimizer(torch.optim.Optimizer):
                 self._compare_groups(saved.pop(name), group, name)
                 if name not in state_dict["state"]:
                     continue
-                own = self.owners is None or self.owners.mine(parameter)
-                state = self._take_over(state_dict["state"][name], group, i, name, parameter, copy=own)
-                if own:
-                    new[parameter] = state
+                state = self._take_over(state_dict["state"][name], group, i, name, parameter)
+                if self.owners is None or self.owners.mine(parameter):
+                    new[parameter] = self._placed(state, parameter.device)
                     continue
                 elsewhere[parameter] = tensor_bytes(state)
                 if name in split and (rows := self._own_rows(state, group, i, parameter)):
-                    new[parameter] = rows
+                    new[parameter] = self._placed(rows, parameter.device)
         if saved:
             raise UserError(
                 f"the checkpoint's optimizer state has a parameter {next(iter(saved))} that this run lacks."
@@ -302,9 +317,8 @@ class Optimizer(torch.optim.Optimizer):
                 group["name"], key, old, new,
             )  # fmt: skip
 
-    def _take_over(
-        self, saved: State, group: Group, index: int, name: str, parameter: Tensor, copy: bool = True
-    ) -> State:
+    def _take_over(self, saved: State, group: Group, index: int, name: str, parameter: Tensor) -> State:
+        """A saved state, with the keys in their order here; raises `UserError` where it is another parameter's."""
         expected = self._planned_state(group, index, parameter)
         if set(saved) != set(expected):
             difference = ", ".join(sorted(set(saved) ^ set(expected)))
@@ -324,5 +338,5 @@ class Optimizer(torch.optim.Optimizer):
                     f"the checkpoint's optimizer state of {name} has {key} {found}, "
                     f"this run needs {tuple(like.shape)} {like.dtype}: it is of another model or of other options."
                 )
-            state[key] = value.detach().to(parameter.device, copy=True) if copy else value
+            state[key] = value
         return state

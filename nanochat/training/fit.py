@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from nanochat.config.vocabulary import plan_vocabulary
 from nanochat.device import available_memory, find_device
 from nanochat.errors import UserError
+from nanochat.optim.offload import leaves
 from nanochat.training.ledger import STATES
 from nanochat.training.memory import Memory, predict
 from nanochat.training.module import model_config
@@ -91,7 +92,7 @@ def check_fits(cfg: dict[str, Any], free: int | None = None) -> str | None:
         free: bytes; by default those of the run's device, for one rank.
 
     Raises:
-        UserError: the weights and the optimizer's state alone do not fit.
+        UserError: the weights and the optimizer's state alone do not fit, or what is offloaded does not.
     """
     cfg = plan_vocabulary(cfg)
     device = find_device(cfg["trainer"]["accelerator"])
@@ -99,6 +100,11 @@ def check_fits(cfg: dict[str, Any], free: int | None = None) -> str | None:
     if free is None or generous_bytes(cfg) <= free:
         return None
     memory = predict(cfg)
+    if memory.offloaded and (here := free_bytes(torch.device("cpu"))) is not None and memory.offloaded > here:
+        raise UserError(
+            f"offload_optimizer=true puts {memory.offloaded / GIB:.1f} GiB of optimizer state into the machine's "
+            f"memory, which has {here / GIB:.1f} GiB free; an 8-bit optimizer has less of it (see optim=)."
+        )
     if memory.peak <= free:
         return None
     where = "the GPU" if device.type == "cuda" else "this machine"
@@ -126,6 +132,8 @@ def remedies(cfg: dict[str, Any], memory: Memory) -> Iterator[str]:
     bits = [group.get("rule") for group in cfg["optim"].get("groups", {}).values()]
     if not any("8bit" in str(rule) for rule in bits):
         yield f"an 8-bit optimizer (see optim=) saves about {SAVED_BY_8BIT * memory.parts[STATES] / GIB:.1f} GiB"
+    if leaves(find_device(cfg["trainer"]["accelerator"])) and not cfg.get("offload_optimizer"):
+        yield _saving(memory, predict({**cfg, "offload_optimizer": True}), "offload_optimizer=true")
 
 
 def _saving(before: Memory, after: Memory, change: str) -> str:

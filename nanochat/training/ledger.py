@@ -67,6 +67,19 @@ class Ledger(TorchDispatchMode):
             self.held[kind] += own
             self._total += own - size
 
+    def leave_out(self, tensors: Iterable[Tensor]) -> int:
+        """Say that some tensors are in another memory; returns their bytes, which do not count here."""
+        total = 0
+        for tensor in tensors:
+            self._note(tensor, WORKSPACE)
+            address = _storage(tensor)._cdata
+            size, kind, end = self._storages[address]
+            self._storages[address] = (0, kind, end)
+            self.held[kind] -= size
+            self._total -= size
+            total += size
+        return total
+
     def restart(self) -> None:
         """Forget the peak."""
         self.peak, self._most = self.held.copy(), self._total

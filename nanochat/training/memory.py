@@ -23,6 +23,7 @@ from nanochat.model.bitlinear import BitLinear, keep_trits
 from nanochat.model.compact_backward import KeptRows
 from nanochat.objectives import Step
 from nanochat.objectives.token_filter import TopTokens, kept_count
+from nanochat.optim.offload import Away, visits
 from nanochat.training.callbacks.collider import Collider
 from nanochat.training.ledger import GRADIENTS, KINDS, STATES, TRITS, WEIGHTS, Ledger
 from nanochat.training.module import NanoChatModule, clip, total_norm
@@ -43,6 +44,8 @@ class Memory:
     """forward and backward, or optimizer"""
     others: dict[str, int]
     """the peak of each moment"""
+    offloaded: int = 0
+    """bytes of optimizer state in the CPU's memory, which count in none of these"""
 
     @property
     def peak(self) -> int:
@@ -73,6 +76,7 @@ class Rehearsal:
         sharded = cfg["trainer"].get("strategy") == "fsdp2"
         self.sharing = rank_count(cfg) if sharded else 1
         """ranks that share weights, gradients and states"""
+        self.offloaded = 0
         ledger.mark(WEIGHTS, self.named.values(), self.sharing)
         ledger.mark(WEIGHTS, self.module.buffers())
         keep_trits(self.module, self.accumulate > 1 and self.sharing == 1)
@@ -108,10 +112,12 @@ class Rehearsal:
         """The optimizer's state as of the first step."""
         for group in self.optimizer.param_groups:
             for index, parameter in enumerate(group["params"]):
-                state = self.optimizer.init_state(parameter, group, index)
+                state = self.optimizer.make_state(parameter, group, index)
                 self.optimizer.state[parameter] = state
-                values = [value for value in state.values() if isinstance(value, Tensor)]
-                self.ledger.mark(STATES, values, self.sharing)
+                away = list(state.away()) if isinstance(state, Away) else []
+                self.offloaded += self.ledger.leave_out(away) // self.sharing
+                here = [v for v in state.values() if isinstance(v, Tensor) and not any(v is one for one in away)]
+                self.ledger.mark(STATES, here, self.sharing)
 
     def filter_tokens(self, sparsity: float) -> None:
         """Let the next micro-batches do without a backward pass for a share of the tokens."""
@@ -149,6 +155,9 @@ class Rehearsal:
         optimizer.set_progress(1, module.max_steps, module.schedule)
         for group in optimizer.param_groups:
             if group.get("kernels") == "bitsandbytes":  # which work in place
+                used = [p for p in group["params"] if p.grad is not None]
+                for _ in visits(used, used, [optimizer.state[p] for p in used]):
+                    pass
                 continue
             shapes = {tuple(p.shape): p for p in group["params"]}
             optimizer.step_group(group if every else {**group, "params": list(shapes.values())})
@@ -202,4 +211,4 @@ def predict(cfg: dict[str, Any], fake: bool = True, update: bool = True) -> Memo
             moments["optimizer"] = ledger.peak
     totals = {moment: sum(peak.values()) for moment, peak in moments.items()}
     moment = max(totals, key=totals.__getitem__)
-    return Memory({kind: moments[moment][kind] for kind in KINDS}, moment, totals)
+    return Memory({kind: moments[moment][kind] for kind in KINDS}, moment, totals, run.offloaded)

@@ -70,6 +70,7 @@ def build_optimizer(cfg: dict[str, Any], named: Named) -> Optimizer:
     weights = cfg.get("weights") or "float32"
     if weights != "float32":
         optimizer.rounding = Rounding(int(cfg.get("seed", 0)), master=weights == "bfloat16-master")
+    optimizer.offload = bool(cfg.get("offload_optimizer"))
     return optimizer
 
 

@@ -63,6 +63,8 @@ def run_on_shapes(func: Any, args: Any, kwargs: dict[str, Any], device: torch.de
     inner_kwargs = {name: _inner(arg) for name, arg in kwargs.items()}
     if inner_kwargs.get("device") is not None or (_makes_tensors(func) and not _has_tensor(inner_args)):
         inner_kwargs["device"] = META
+    if inner_kwargs.get("pin_memory"):
+        inner_kwargs["pin_memory"] = None
     if inner_kwargs.get("generator") is not None:
         inner_kwargs["generator"] = None
     out = func(*inner_args, **inner_kwargs)

@@ -82,6 +82,7 @@ STOPPING = ["callbacks.stop._target_=nanochat.training.callbacks.early_stopping.
         (["weights=bfloat"], ["weights=bfloat is unknown", "did you mean 'bfloat16'"]),
         (["weights=bfloat16", "trainer=ddp", "trainer.devices=2"], ["weights=bfloat16 is for a run on one device"]),
         (["rank_timeout=0"], ["rank_timeout=0 must be a length of time above 0, such as 8h, 90m"]),
+        (["offload_optimizer=cpu"], ["offload_optimizer=cpu must be true or false"]),
         (["activation_checkpointing=blocks"], ["activation_checkpointing=blocks is unknown", "did you mean 'block'"]),
         (["ckpt_path=lst"], ["ckpt_path=lst", "did you mean 'last'"]),
         (["logger.x=5"], ["logger.x has no _target_"]),

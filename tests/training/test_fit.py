@@ -61,6 +61,25 @@ def test_what_cannot_fit_is_refused(tmp_path):
         fit.check_fits(cfg, free=predict(cfg).fixed - 1)
 
 
+def test_what_is_offloaded_needs_room_too(tmp_path, monkeypatch):
+    for module in ("optim.offload", "optim.optimizer", "training.fit"):
+        monkeypatch.setattr(f"nanochat.{module}.leaves", lambda device: True)
+    monkeypatch.setattr("nanochat.optim.offload.SMALLEST", 4096)
+    cfg = settled(tmp_path, "optim=adamw")
+    there = predict({**cfg, "offload_optimizer": True})
+    assert "offload_optimizer=true saves 0." in str(fit.check_fits(cfg, free=there.peak))
+    monkeypatch.setattr(fit, "free_bytes", lambda device: there.offloaded)
+    assert fit.check_fits({**cfg, "offload_optimizer": True}, free=there.peak) is None
+    monkeypatch.setattr(fit, "free_bytes", lambda device: there.offloaded - 1)
+    with pytest.raises(UserError, match="the machine's memory"):
+        fit.check_fits({**cfg, "offload_optimizer": True}, free=there.peak)
+
+
+def test_a_cpu_has_nowhere_to_offload_to(tmp_path, caplog):
+    train(configure(tmp_path, [*RUN, "offload_optimizer=true"]), tmp_path / "run")
+    assert "offload_optimizer=true changes nothing on cpu" in caplog.text
+
+
 def test_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "free_bytes", lambda device: 1000)
     with pytest.raises(UserError, match="cannot fit"):

@@ -178,3 +178,31 @@ def test_a_ledger_counts_parts():
         assert sum(ledger.peak.values()) == 1040
         del a, b
         assert not sum(ledger.held.values())
+
+
+@pytest.fixture
+def offloading(monkeypatch):
+    """The CPU stands for a GPU: its optimizer states go to another place."""
+    for module in ("offload", "optimizer"):
+        monkeypatch.setattr(f"nanochat.optim.{module}.leaves", lambda device: True)
+    monkeypatch.setattr("nanochat.optim.offload.SMALLEST", 4096)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["optim=muon8bit"], ["optim=lion", "weights=bfloat16-master"]],
+    ids=" ".join,
+)
+def test_states_in_another_memory_do_not_count(overrides, offloading):
+    accumulated = [*overrides, "trainer.accumulate_grad_batches=2"]
+    plain, cfg = counted(settled(*accumulated)), settled(*accumulated, "offload_optimizer=true")
+    memory = predict(cfg)
+    assert memory == counted(cfg)
+    assert memory.offloaded + memory.parts[STATES] == plain.parts[STATES]
+    assert memory.parts[STATES] < 0.25 * plain.parts[STATES]
+    assert memory.others["forward and backward"] == plain.others["forward and backward"] - memory.offloaded
+    # those of the parameter at hand are here during the update: of the table at most, the largest
+    largest = plain.parts[STATES] * 300 * 64 / (300 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128))
+    fallen = plain.others["optimizer"] - memory.others["optimizer"]
+    assert memory.offloaded - 1.1 * largest <= fallen < memory.offloaded
+    assert memory.peak + memory.offloaded == pytest.approx(allocated_at_the_peak(cfg), rel=0.002)

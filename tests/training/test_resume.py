@@ -91,7 +91,7 @@ def test_all_changes_are_listed(place: Path, saved: Path) -> None:
     [
         "logger=none", "trainer.max_time=00:01:00:00", "data.val_tokens=100",
         "trainer.val_check_interval=7", "trainer.limit_val_batches=2", "task_name=other", "+mtp=off", "tags=[a]",
-        "activation_checkpointing=block",
+        "activation_checkpointing=block", "offload_optimizer=true",
     ],
 )  # fmt: skip
 def test_changes_that_are_fine(place: Path, saved: Path, override: str, caplog: pytest.LogCaptureFixture) -> None:
