@@ -49,7 +49,7 @@ def main(place: Path) -> int:
     if os.environ["RANK"] != "0":
         logging.disable(logging.WARNING)  # rank 0 says it
     try:
-        launcher.enter(job.plain, launcher.store_at(place, launcher.timeout_of(job.plain)))
+        launcher.enter(job.plain, launcher.store_at(place, ranks.timeout_of(job.plain)))
         metrics = work(job)
     except SystemExit:  # all ranks leave after a signal
         (place / launcher.LEFT).touch()

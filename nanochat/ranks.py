@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from nanochat.console import duration
+
 TIMEOUT = datetime.timedelta(minutes=30)
 """of a collective, unless `rank_timeout` says another: others wait while rank 0 saves or reports"""
 
@@ -35,6 +37,12 @@ def join(store: Store, cuda_device: int | None = None, timeout: datetime.timedel
         backend = "cpu:gloo,cuda:nccl"
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+
+
+def timeout_of(plain: dict[str, Any]) -> datetime.timedelta:
+    """How long a rank of a settled configuration waits for the others."""
+    limit = plain.get("rank_timeout")
+    return TIMEOUT if limit is None else datetime.timedelta(seconds=duration(limit))
 
 
 def leave() -> None:

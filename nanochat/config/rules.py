@@ -98,8 +98,6 @@ def plain_keys(values: Values) -> Iterator[Problem]:
     kind = values.get("weights")
     if kind is not None and kind not in WEIGHTS:
         yield Problem("weights", f"weights={kind} is unknown{did_you_mean(str(kind), WEIGHTS)}")
-    elif kind not in (None, "float32") and (ranks := rank_count({"trainer": values.node("trainer")})) > 1:
-        yield Problem("weights", f"weights={kind} is for a run on one device, and this one has {ranks} ranks.")
     limit = values.get("rank_timeout")
     if limit is not None and (text := _bad_duration(limit)):
         yield Problem("rank_timeout", f"rank_timeout={text}")

@@ -33,6 +33,14 @@ def assign(costs: Sequence[float], count: int) -> list[int]:
     return owners
 
 
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm of all of them, in float32 at least."""
+    if all(gradient.dtype != torch.bfloat16 for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 class Bucket:
     """Tensors of one owner that travel as one.
 
@@ -48,7 +56,10 @@ class Bucket:
         self.work: dist.Work | None = None
 
     def reduce(self) -> None:
-        """Begin to add the ranks' values up at the owner; elsewhere nothing of use is left."""
+        """Begin to add the ranks' values up at the owner, those in bfloat16 in float32; elsewhere nothing of use is
+        left."""
+        if self.flat.dtype == torch.bfloat16:
+            self.flat = self.flat.view(-1).float()
         self.work = dist.reduce(self.flat, self.owner, async_op=True)
 
     def broadcast(self) -> None:
@@ -87,6 +98,10 @@ class Owners:
         """Whether this rank updates a parameter, alone, and has its whole state."""
         return self.of[parameter] == self.rank
 
+    def first(self, parameter: Tensor) -> int:
+        """The place, in a whole parameter, of the first element that this rank updates."""
+        return 0
+
     @torch.no_grad()
     def reduce(self) -> None:
         """Make each gradient the mean over the ranks, at its owner; elsewhere it is freed. Once a step."""
@@ -124,7 +139,7 @@ class Owners:
         one = next(iter(self.of))
         square = torch.zeros((), dtype=torch.float64, device=one.device)
         if gradients:
-            square += torch.nn.utils.get_total_norm(gradients).double().square()
+            square += total_norm(gradients).double().square()
         return ranks.add(square).sqrt().to(torch.promote_types(one.dtype, torch.float32))
 
     @torch.no_grad()

@@ -134,7 +134,9 @@ class Optimizer(torch.optim.Optimizer):
         or copies of sharded ones that are whole.
         """
         rule = self.rules[group["rule"]]
+        firsts: dict[Tensor, int] = {}
         for member, parameter in zip(members, parameters, strict=True):
+            firsts[parameter] = 0 if self.owners is None else self.owners.first(member)
             if not self.state[member]:
                 index = next(i for i, one in enumerate(group["params"]) if one is member)
                 self.state[member] = self.make_state(parameter, group, index)
@@ -142,7 +144,7 @@ class Optimizer(torch.optim.Optimizer):
             if self.rounding is None:
                 rule.step(group, *part)
             else:
-                self.rounding.step(rule, group, *part)
+                self.rounding.step(rule, group, *part, [firsts[parameter] for parameter in part[0]])
         # fused kernels do not: what is kept of a weight until it changes (its trits) goes by its version
         torch.autograd.graph.increment_version(parameters)
 

@@ -123,6 +123,11 @@ class Shards(Owners):
     def mine(self, parameter: Tensor) -> bool:
         return parameter not in self.split and super().mine(parameter)
 
+    def first(self, parameter: Tensor) -> int:
+        if parameter not in self.split:
+            return 0
+        return sum(shape.numel() for shape in part_shapes(parameter, self.world)[: self.rank])
+
     def reduce(self) -> None:
         """Note which parameters have a gradient: torch has added them up during the backward."""
         self.used = {parameter: parameter.grad is not None for parameter in self.of}
@@ -154,10 +159,12 @@ class Shards(Owners):
         self.used = {}
 
     def _rounds(self, parameters: list[Tensor]) -> Iterator[Round]:
-        """Some parameters in rounds of a bucket for each owner."""
-        by_owner = [list(_buckets([p for p in parameters if self.of[p] == owner])) for owner in range(self.world)]
-        for buckets in zip_longest(*by_owner, fillvalue=()):
-            yield Round(buckets)
+        """Some parameters in rounds of a bucket for each owner, all of one dtype."""
+        for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+            same = [parameter for parameter in parameters if parameter.dtype == dtype]
+            by_owner = [_buckets([p for p in same if self.of[p] == owner]) for owner in range(self.world)]
+            for buckets in zip_longest(*by_owner, fillvalue=()):
+                yield Round(buckets)
 
 
 def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -6,7 +6,8 @@ of each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import datetime
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
 from nanochat import ranks
+from nanochat.errors import UserError
 from nanochat.optim.distributed import gather_states, scatter_rows
 from nanochat.optim.sharded import is_sharded, part_shapes
 from nanochat.training.module import NanoChatModule
@@ -121,12 +124,34 @@ def shard(module: NanoChatModule, device: torch.device) -> None:
     A block, or a head of an objective, has its weights gathered while it computes, forward and backward. The tables,
     the final norm and what else objectives have are gathered for a whole micro-batch, since the loss reads the output
     matrix outside of the network.
+
+    Raises:
+        UserError: the weights are of several dtypes, and this torch cannot shard them.
     """
     mesh = init_device_mesh(device.type, (ranks.world(),))
+    options: dict[str, Any] = {"mesh": mesh}
+    if any(parameter.dtype == torch.bfloat16 for parameter in module.parameters()):
+        options |= {
+            "shard_placement_fn": apart(device, ranks.timeout_of(module.cfg)),
+            "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        }
     heads = [block for objective in module.objectives.values() for block in objective.blocks()]  # type: ignore[operator]
     for part in (*module.gpt.blocks, *heads, module):
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, **options)
         if device.type == "cpu":  # gloo does not average
             part.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
     for name in ("training_step", "validation_step"):
         register_fsdp_forward_method(module, name)
+
+
+def apart(device: torch.device, timeout: datetime.timedelta) -> Callable[[Tensor], Any]:
+    """For `fully_shard`: what is in bfloat16 travels apart, through a process group of its own, as a group of
+    parameters has one dtype."""
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+    except ImportError:
+        text = f"weights=bfloat16 with trainer=fsdp2 needs torch 2.13 or newer, and this is {torch.__version__}."
+        raise UserError(text) from None
+    other = DeviceMesh.from_group(dist.new_group(timeout=timeout), device.type)  # type: ignore[arg-type]
+    narrow = ShardPlacementResult(placement=None, mesh_info=FSDPMeshInfo(other, 0))
+    return lambda parameter: narrow if parameter.dtype == torch.bfloat16 else None

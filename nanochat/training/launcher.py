@@ -30,7 +30,6 @@ from hydra.core.hydra_config import HydraConfig
 from torch.distributed import FileStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from nanochat import ranks
-from nanochat.console import duration
 from nanochat.errors import UserError, print_error
 from nanochat.run_lock import TRY_LATER
 from nanochat.training.callbacks.signals import SIGNALS
@@ -95,7 +94,7 @@ def run_ranks(job: Job, count: int) -> dict[str, float]:
         place = Path(name)
         (place / JOB).write_bytes(pickle.dumps(job))
         with _started(place, count) as (processes, received):
-            codes = _wait(processes, place, timeout_of(job.plain).total_seconds() + REPORT)
+            codes = _wait(processes, place, ranks.timeout_of(job.plain).total_seconds() + REPORT)
         _raise_for(codes, place, received, [number for number in range(count) if number not in codes])
         return json.loads((place / RESULT).read_text())
 
@@ -224,13 +223,7 @@ def enter(plain: dict[str, Any], store: Store) -> None:
     if plain["trainer"]["accelerator"] in ("cuda", "gpu"):
         local, devices = int(os.environ["LOCAL_RANK"]), plain["trainer"]["devices"]
         device = devices[local] if isinstance(devices, list) else local
-    ranks.join(PrefixStore("group", store), device, timeout_of(plain))
-
-
-def timeout_of(plain: dict[str, Any]) -> datetime.timedelta:
-    """How long a rank of a settled configuration waits for the others."""
-    limit = plain.get("rank_timeout")
-    return ranks.TIMEOUT if limit is None else datetime.timedelta(seconds=duration(limit))
+    ranks.join(PrefixStore("group", store), device, ranks.timeout_of(plain))
 
 
 def store_at(place: Path, timeout: datetime.timedelta) -> Store:

@@ -23,10 +23,11 @@ from nanochat.model.bitlinear import BitLinear, keep_trits
 from nanochat.model.compact_backward import KeptRows
 from nanochat.objectives import Step
 from nanochat.objectives.token_filter import TopTokens, kept_count
+from nanochat.optim.distributed import total_norm
 from nanochat.optim.offload import Away, visits
 from nanochat.training.callbacks.collider import Collider
 from nanochat.training.ledger import GRADIENTS, KINDS, STATES, TRITS, WEIGHTS, Ledger
-from nanochat.training.module import NanoChatModule, clip, total_norm
+from nanochat.training.module import NanoChatModule, clip
 
 linear_cross_entropy = importlib.import_module("nanochat.objectives.linear_cross_entropy")
 """the module, which a function of its own name hides"""

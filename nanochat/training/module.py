@@ -41,6 +41,7 @@ from nanochat.model.low_precision import keep_in_bfloat16
 from nanochat.objectives import IGNORED, NextToken, Objective, Step, linear_cross_entropy
 from nanochat.optim import Optimizer
 from nanochat.optim.build import Named
+from nanochat.optim.distributed import total_norm
 from nanochat.optim.rounding import Rounding
 from nanochat.training.rng import get_rng_state, set_rng_state
 
@@ -48,14 +49,6 @@ from nanochat.training.rng import get_rng_state, set_rng_state
 def model_config(cfg: dict[str, Any]) -> GPTConfig:
     """The network's configuration out of a resolved run configuration."""
     return GPTConfig.from_dict({k: v for k, v in cfg["model"].items() if not k.startswith("_")})
-
-
-def total_norm(gradients: list[Tensor]) -> Tensor:
-    """The L2 norm of all of them, in float32 at least."""
-    if all(gradient.dtype != torch.bfloat16 for gradient in gradients):
-        return torch.nn.utils.get_total_norm(gradients)
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 @torch.no_grad()

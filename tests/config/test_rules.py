@@ -80,7 +80,6 @@ STOPPING = ["callbacks.stop._target_=nanochat.training.callbacks.early_stopping.
         (["tags=abc"], ["tags='abc'"]),
         (["compile=maybe"], ["compile=maybe"]),
         (["weights=bfloat"], ["weights=bfloat is unknown", "did you mean 'bfloat16'"]),
-        (["weights=bfloat16", "trainer=ddp", "trainer.devices=2"], ["weights=bfloat16 is for a run on one device"]),
         (["rank_timeout=0"], ["rank_timeout=0 must be a length of time above 0, such as 8h, 90m"]),
         (["offload_optimizer=cpu"], ["offload_optimizer=cpu must be true or false"]),
         (["activation_checkpointing=blocks"], ["activation_checkpointing=blocks is unknown", "did you mean 'block'"]),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanochat.optim import Optimizer
-from nanochat.optim.rounding import Rounding, round_at_random
+from nanochat.optim.rounding import Rounding, random_bits, round_at_random
 from tests.optim.helpers import NAMES, Net, batch, make, reloaded
 
 DRAWS = 4096
@@ -26,7 +26,7 @@ def test_each_number_becomes_a_neighbour_and_the_mean_is_exact() -> None:
     values[:4] = torch.tensor([1.0 + 2.0**-8, -1.0 - 2.0**-20, 3e-39, -(2.0**-30)])
     wide = values.repeat(DRAWS)
     out = torch.empty_like(wide, dtype=torch.bfloat16)
-    round_at_random(wide, out, draw)
+    round_at_random(wide, out, 1)
     found = out.double().view(DRAWS, -1)
     low = (values.view(torch.int32) & -65536).view(torch.float32).double()  # towards zero
     high = ((values.view(torch.int32) & -65536) + 65536).view(torch.float32).double()
@@ -41,10 +41,33 @@ def test_what_is_exact_stays_and_nothing_finite_becomes_nan() -> None:
     exact = torch.randn(5000, generator=generator(2)).bfloat16()
     exact[:4] = torch.tensor([0.0, -0.0, math.inf, -math.inf]).bfloat16()
     out = torch.empty_like(exact)
-    round_at_random(exact.float(), out, generator())
+    round_at_random(exact.float(), out, 0)
     assert torch.equal(out.view(torch.int16), exact.view(torch.int16))
-    round_at_random(torch.full((8,), math.nan), out[:8], generator())
+    round_at_random(torch.full((8,), math.nan), out[:8], 0)
     assert bool(out[:8].isnan().all())
+
+
+def test_the_random_bits_are_those_of_splitmix() -> None:
+    def one(seed: int, place: int) -> int:  # in unsigned numbers of 64 bits
+        z = (seed + (place + 1) * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    assert one(0, 0) == 0xE220A8397B1DCDAF  # the published generator's first number
+    for seed in (0, 12345, -(2**62) - 7):
+        found = random_bits(seed, 1000, 50, torch.device("cpu")).tolist()
+        assert [bits % 2**64 for bits in found] == [one(seed % 2**64, 1000 + i) for i in range(50)]
+
+
+def test_a_part_is_rounded_as_it_is_in_the_whole() -> None:
+    wide = torch.randn(140_001, generator=generator(3))  # longer than a span
+    whole = torch.empty_like(wide, dtype=torch.bfloat16)
+    round_at_random(wide, whole, 5)
+    for first, last in ((0, 1), (1, 7), (130_999, 131_075), (3, 140_001)):
+        part = torch.empty_like(whole[first:last])
+        round_at_random(wide[first:last].clone(), part, 5, first)
+        assert torch.equal(part, whole[first:last])
 
 
 def small(net: nn.Module) -> nn.Module:

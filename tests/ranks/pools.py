@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from nanochat import ranks
 from nanochat.config.check import check
@@ -43,7 +44,7 @@ def job_of(place: Path, folder: Path, overrides: Sequence[str]) -> Job:
 def _serve(number: int, count: int, store: str, pipe: Connection) -> None:
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(count), MASTER_ADDR="", MASTER_PORT="")
     torch.set_num_threads(1)
-    ranks.join(store=torch.distributed.FileStore(store, count))
+    ranks.join(FileStore(store, count))
     while (job := pipe.recv()) is not None:
         try:
             pipe.send((job(), None))

@@ -15,7 +15,7 @@ import pytest
 from nanochat.config.check import check
 from nanochat.config.schema import CONF
 from nanochat.errors import ConfigError, UserError
-from nanochat.ranks import TIMEOUT
+from nanochat.ranks import TIMEOUT, timeout_of
 from nanochat.training import launcher
 from nanochat.training.failures import in_words
 from nanochat.training.launcher import RankDiedError, RankFailedError
@@ -79,9 +79,11 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     late = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation")
     silent = in_words(late, {"rank_timeout": "5s"}, 7, "last.ckpt")
     monkeypatch.setenv("RANK", "2")
+    assert silent is not None
     assert launcher.exit_code_of(silent, tmp_path) == 75
     monkeypatch.setenv("RANK", "0")  # another one notices that this one has left
     lost = in_words(RuntimeError("gloo: Connection closed by peer"), {}, 7, None)
+    assert lost is not None
     assert launcher.exit_code_of(lost, tmp_path) == 75
     sentence = r"^rank 1 hangs: ranks have waited for 5s \(rank_timeout\) for one that is silent, after step 7; resume"
     with pytest.raises(UserError, match=sentence) as waited:
@@ -91,12 +93,12 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_our_own_ranks_meet_in_a_file_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    timeout = launcher.timeout_of({"rank_timeout": "90s"})
+    timeout = timeout_of({"rank_timeout": "90s"})
     one, other = launcher.store_at(tmp_path, timeout), launcher.store_at(tmp_path, timeout)
     one.set("word", "here")
     assert other.get("word") == b"here"
     assert other.timeout.total_seconds() == 90  # type: ignore[attr-defined]
-    assert launcher.timeout_of({}) == TIMEOUT
+    assert timeout_of({}) == TIMEOUT
     assert (tmp_path / launcher.STORE).is_file()
 
 

@@ -76,6 +76,34 @@ def test_two_ranks_that_share_the_model_add_up_like_two_micro_batches(place: Pat
             assert torch.equal(one[name], other[name]), name
 
 
+@pytest.mark.parametrize(
+    ("strategy", "weights", "optim"),
+    [
+        ([], "bfloat16", "muon8bit"),
+        (SHARDED, "bfloat16", "adamw"),
+        pytest.param([], "bfloat16-master", "adamw8bit", marks=slow),
+        pytest.param(SHARDED, "bfloat16", "muon8bit", marks=slow),
+        pytest.param(SHARDED, "bfloat16-master", "muon", marks=slow),
+        pytest.param(SHARDED, "bfloat16-master", "adamw", marks=slow),
+    ],
+)
+def test_weights_in_bfloat16_go_the_way_of_two_micro_batches(
+    place: Path, two: Pool, strategy: list[str], weights: str, optim: str
+) -> None:
+    name = f"{weights}-{optim}-{len(strategy)}"
+    words = [*strategy, *RUN, *UNEVEN, f"optim={optim}", f"weights={weights}", "trainer.gradient_clip_val=null",
+             "schedule=constant", "schedule.warmup_steps=0", "trainer.val_check_interval=8"]  # fmt: skip
+    for steps, start in ((4, "null"), (8, "auto")):  # a resume changes nothing
+        train_on(two, place, place / f"{name}-2", [*words, f"trainer.max_steps={steps}", f"ckpt_path={start}"])
+    more = [*words, "trainer.max_steps=8", "trainer.accumulate_grad_batches=2"]
+    train_on(None, place, place / f"{name}-1", more, batch=2)
+    one, other = numbers(place / f"{name}-1"), numbers(place / f"{name}-2")
+    assert any(value.dtype == torch.bfloat16 for value in one.values())
+    for key in one:
+        if key.startswith(("weights", "state")):
+            assert torch.equal(one[key], other[key]), key
+
+
 @slow
 def test_a_run_moves_between_numbers_of_ranks_and_ways_to_use_them(place: Path, two: Pool, four: Pool) -> None:
     words = [*WIDE, *UNEVEN, "optim=muon8bit", "optim.block_size=64", *MTP, "schedule=constant",
