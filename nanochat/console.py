@@ -128,6 +128,11 @@ def duration(value: Any) -> float:
     return found
 
 
+def disk_size(count: float) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
 def clock_time(seconds: float) -> str:
     """A duration to read: 3725 -> "1:02:05"."""
     minutes, rest = divmod(round(seconds), 60)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from nanochat import run_lock
-from nanochat.console import Parser, clock_time, seconds
+from nanochat.console import Parser, clock_time, disk_size, seconds
 from nanochat.errors import UserError
 from nanochat.files import shown
 from nanochat.reports.table import Table
@@ -54,9 +54,9 @@ def describe(folder: Path) -> dict[str, Any]:
     if state == "killed" and not (beat or summary or rows) and _has_content(folder, "summary.json", "metrics.csv"):
         state = "unreadable"
     left = as_number(beat.get("seconds_left")) if state == "running" else None
-    step = _whole(beat.get("step"))
-    if step is None:
-        step = _whole(summary.get("step"))
+    # a heartbeat is seconds old, and the rows may be of every tenth step
+    steps = [_whole(beat.get("step")), int(rows[-1]["step"]) if rows and beat else None]
+    step = max((one for one in steps if one is not None), default=_whole(summary.get("step")))
     if step is None:
         step = int(rows[-1]["step"]) if rows else 0
     bpbs = _numbers(rows, "val/bpb")
@@ -151,16 +151,12 @@ def table(runs: list[dict[str, Any]], title: str) -> Table:
         rows.append([
             run["run"], run["state"], f"{run['step']:,}{end}",
             "" if loss is None else f"{loss:.4f}", "" if bpb is None else f"{bpb:.4f}",
-            "" if speed is None else f"{speed:,.0f}", "" if left is None else clock_time(left), _size(run["bytes"]),
+            "" if speed is None else f"{speed:,.0f}", "" if left is None else clock_time(left), disk_size(run["bytes"]),
         ])  # fmt: skip
     headings = ["run", "state", "step", "loss", "val/bpb", "tokens/s", "left", "disk"]
     total = sum(run["bytes"] for run in runs)
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    return Table(title, headings, rows, [f"{count}, {_size(total)} on disk." if runs else "No runs yet."])
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+    return Table(title, headings, rows, [f"{count}, {disk_size(total)} on disk." if runs else "No runs yet."])
 
 
 def main(argv: list[str]) -> int:

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import cli
+from nanochat.checkpoint import read_checkpoint
 from nanochat.config.compose import compose
 from nanochat.console import Parser
 from nanochat.errors import UserError
 from nanochat.files import quoted
 from nanochat.reports.table import Table
-from nanochat.run_folder import read_last_row, read_metrics, read_summary, step_checkpoints
+from nanochat.run_folder import read_last_row, read_metrics, read_summary
+from nanochat.training.resume import newest_whole
 
 RECIPE = "experiment=validate-e2e"
 EVERY = 10
@@ -144,7 +146,8 @@ class Validation:
         return int(read_last_row(self.run / "metrics.csv").get("step") or 0)
 
     def _saved(self) -> int:
-        return max(step_checkpoints(self.run / "checkpoints"), default=0)
+        newest = newest_whole(self.run / "checkpoints")  # which may be of no file with a step in its name
+        return 0 if newest is None else int(read_checkpoint(newest)["global_step"])
 
     def _compare(self, losses: dict[int, str]) -> None:
         """Raise `StageError` where a step that was done twice has two losses."""

@@ -1,6 +1,8 @@
 """The benches run, and their figures have the meaning that their names promise."""
 
 import json
+import threading
+import time
 from functools import partial
 
 import pytest
@@ -35,6 +37,33 @@ def test_save(capsys):
     # float32 weights and a momentum, or two, of each; the file has little besides
     assert 2 * 4 * 3.6 < figures["checkpoint_mb"] < 3.2 * 4 * 3.7
     assert figures["lowest_ratio_beside"] <= figures["step_ratio_beside"] <= figures["highest_ratio_beside"]
+    assert figures["held_up_seconds"] > 0
+
+
+def test_a_turn_of_saving_by_each_clock():
+    """Work of another thread, and waiting in the midst of training, is not the training thread's; a save's wait is."""
+
+    def work(seconds):
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    other = threading.Thread(target=work, args=(0.1,))
+
+    def train():
+        work(0.05)
+        other.join()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        taken = save.timed(other.start, train, lambda: time.sleep(0.1))
+    finally:
+        torch.set_num_threads(before)
+    assert taken.wall >= 0.2
+    assert taken.cpu >= 0.15
+    assert taken.held_up >= 0.1
+    assert 0.05 <= taken.training - taken.held_up < 0.09
 
 
 SMALL = ["model.n_layers=1", "model.dim=64", "model.n_heads=2", "model.n_kv_heads=2", "model.ffn_dim=64"]

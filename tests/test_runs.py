@@ -74,6 +74,14 @@ def test_each_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "40 of 200" in shown
 
 
+def test_a_run_killed_between_two_heartbeats_has_come_as_far_as_its_rows(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", "running")
+    beat = json.loads((folder / "heartbeat.json").read_text())
+    for step, expected in ((0, 40), (45, 45)):
+        (folder / "heartbeat.json").write_text(json.dumps({**beat, "step": step}))
+        assert runs.describe(folder)["step"] == expected
+
+
 def test_a_long_metrics_file_is_read_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path / "run", "finished")
     rows = [f"{step},{step / 1000},10,," for step in range(1, 3001)]

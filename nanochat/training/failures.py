@@ -84,6 +84,8 @@ def smaller(plain: dict[str, Any]) -> list[str]:
         ways.append("loss.chunk=64 keeps fewer logits")
     if "8bit" not in str((plain.get("optim") or {}).get("groups")):
         ways.append("optim=muon8bit keeps its state in a quarter of the bytes (a new run)")
+    if trainer.get("accelerator") == "cuda" and not plain.get("offload_optimizer"):
+        ways.append("offload_optimizer=true keeps the optimizer's state in the CPU's memory")
     if int(data.get("seq_len") or 0) > 128:
         ways.append(f"data.seq_len={int(data['seq_len']) // 2}")
     return ways or ["choose a smaller model"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,15 +15,18 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.checkpoint import read_checkpoint
+from nanochat.checkpoint import load_run, read_checkpoint
 from nanochat.errors import UserError
 from nanochat.run import train
+from nanochat.run_folder import find_checkpoint, read_summary
+from nanochat.runs import describe
 from nanochat.training import checkpoint_io
 from nanochat.training.callbacks import checkpoint as callback_module
 from nanochat.training.callbacks.checkpoint import Checkpoint, _repeat
 from nanochat.training.checkpoint_io import Writer, snapshot
 from nanochat.training.module import NanoChatModule
 from nanochat.training.resume import newest_whole
+from nanochat.validate import Validation
 from tests.runs import configure, read_metrics, read_state, same
 from tests.training.callbacks.short_runs import BARE
 
@@ -146,6 +150,38 @@ def test_minutes_save_last_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -
     assert saved == [("last.ckpt", 3), ("step=5.ckpt", 5), ("last.ckpt", 8), ("step=9.ckpt", 9)]
 
 
+def test_a_run_that_is_killed_with_a_save_by_minutes_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is last.ckpt, and no file with a step in its name: every reader takes it."""
+    settings = [
+        *BARE, "callbacks.checkpoint.every_n_train_steps=100", "callbacks.checkpoint.every_n_minutes=1e-9",
+        "trainer.val_check_interval=100", "trainer.max_steps=5",
+    ]  # fmt: skip
+    killed = place / "killed_by_minutes"
+    step_end = Checkpoint.on_step_end
+
+    def on_step_end(callback: Checkpoint, trainer: Any, module: Any, step: int) -> None:
+        step_end(callback, trainer, module, step)
+        if step == 3:  # what a SIGKILL leaves
+            shutil.copytree(place / "by_minutes", killed)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "on_step_end", on_step_end)
+        train(configure(place, settings), place / "by_minutes")
+    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert newest_whole(killed / "checkpoints") == killed / "checkpoints" / "last.ckpt"
+    found = describe(killed)
+    assert (found["state"], found["step"]) == ("killed", 3)
+    assert load_run(killed).meta["step"] == 3
+    monkeypatch.setattr(Validation, "run", killed)
+    assert Validation(place)._saved() == 3
+    with pytest.raises(UserError, match="already holds a run with checkpoints"):
+        train(configure(place, settings), killed)
+    train(configure(place, [*settings, "ckpt_path=last"]), killed)
+    same(read_state(place / "by_minutes"), read_state(killed))
+    assert read_summary(killed)["status"] == "finished"
+    assert find_checkpoint(killed, 5)[1].name == "step=5.ckpt"
+
+
 def test_a_small_disk_is_noticed_before_the_first_save(
     place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -216,7 +252,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, kills: i
         promised = int(reported.split()[-1])
         found = newest_whole(folder)
         assert found == folder / "last.ckpt"
-        content = read_checkpoint(found)
+        content = read_checkpoint(folder / "last.ckpt")
         step = content["global_step"]
         assert step in (promised, promised + 1)
         for tensor in (content["state_dict"]["weights"], *content["optimizer_states"]):

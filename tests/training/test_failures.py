@@ -71,6 +71,9 @@ def test_full_memory_names_what_to_lower(error: Exception) -> None:
     used = {**PLAIN, "activation_checkpointing": "block", "loss": {"chunk": 64}, "data": {"batch_size": 1},
             "optim": {"groups": {"matrices": {"rule": "muon8bit"}}}}  # fmt: skip
     assert str(in_words(error, used, 3, None)) == "the memory is full in step 4: choose a smaller model."
+    on_gpu = {**used, "trainer": {"accelerator": "cuda"}}
+    assert "offload_optimizer=true" in str(in_words(error, on_gpu, 3, None))
+    assert "choose a smaller model" in str(in_words(error, {**on_gpu, "offload_optimizer": True}, 3, None))
 
 
 def test_a_run_whose_gpu_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from nanochat import ranks
+from nanochat.console import disk_size
 from nanochat.errors import UserError
 from nanochat.files import replacing
 from nanochat.run_folder import STEP_FILE, point_latest, step_checkpoints
@@ -219,9 +220,9 @@ class Checkpoint(StepCallback):
             return
         if free < files * size:
             log.warning(
-                "%s has %.1f GB left on its disk, and the next checkpoints need %.1f GB (%d of %.2f GB): free some "
-                "space, or lower callbacks.checkpoint.keep.",
-                self._root, free / 1e9, files * size / 1e9, files, size / 1e9,
+                "%s has %s left on its disk, and the next checkpoints need %s (%d of %s): free some space, or lower "
+                "callbacks.checkpoint.keep.",
+                self._root, disk_size(free), disk_size(files * size), files, disk_size(size),
             )  # fmt: skip
 
 

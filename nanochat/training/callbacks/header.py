@@ -10,6 +10,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from nanochat import ranks
+from nanochat.config.schema import set_by_user
 from nanochat.console import clock_time
 from nanochat.files import shown
 from nanochat.reports.header import describe_model, describe_optimizer, describe_techniques, tokens_per_step
@@ -64,12 +65,24 @@ class Header(StepCallback):
             log.info(
                 "about %s steps in the %s left, without validations and saves", f"{limit.left() / pace:,.0f}", time_left
             )
+            self._compare_warmup(limit.seconds / pace)
         elif left > 0:
             took = clock_time(pace * left)
             log.info("about %s for the %s steps left, without validations and saves", took, f"{left:,}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._timed_from = None  # only steps in a row are timed
+
+    def _compare_warmup(self, steps: float) -> None:
+        """Say so where the run, of about so many steps, has no time for the warm-up that the user has set."""
+        schedule = self.cfg.get("schedule") or {}
+        warmup, most = schedule.get("warmup_steps") or 0, steps / 10
+        if schedule.get("horizon") == "time" and warmup > most and set_by_user("schedule.warmup_steps"):
+            log.warning(
+                "schedule.warmup_steps=%d is cut to a tenth of trainer.max_time, about %s steps.",
+                warmup,
+                f"{most:,.0f}",
+            )
 
     @staticmethod
     def _steps(trainer: Trainer) -> str:

@@ -76,6 +76,26 @@ def test_the_estimate_is_of_steps_alone(monkeypatch: pytest.MonkeyPatch, caplog:
     ]
 
 
+@pytest.mark.parametrize("by_user", [True, False])
+def test_a_warm_up_longer_than_the_time(
+    by_user: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(header.time, "monotonic", lambda: now)
+    monkeypatch.setattr(header, "set_by_user", lambda key: by_user)
+    limit = SimpleNamespace(seconds=100.0, left=lambda: 100.0 - now)
+    monkeypatch.setattr(header, "find_limit", lambda trainer: limit)
+    trainer: Any = SimpleNamespace(global_step=0, max_steps=-1)
+    module: Any = None
+    callback = Header({"schedule": {"horizon": "time", "warmup_steps": 30}}, None)
+    callback._first = 0
+    for step in range(1, 10):
+        now += 0.5
+        callback.on_step_end(trainer, module, step)
+    text = "schedule.warmup_steps=30 is cut to a tenth of trainer.max_time, about 20 steps."
+    assert (text in caplog.messages) == by_user
+
+
 def test_it_names_the_techniques() -> None:
     config = GPTConfig(vocab_size=8, dim=16, n_heads=1, n_kv_heads=1, ffn_dim=16, n_layers=1)
     model = {"value_embeddings": 1, "value_gate": "static", "streams": 2, "stream_maps": "static", "int8": True}
