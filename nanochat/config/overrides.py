@@ -7,6 +7,7 @@ configuration that the chosen options compose to.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanochat.config.hydra_errors import explain
@@ -145,13 +146,13 @@ class Overrides:
         added = [word for word in chosen if word.startswith("+")]
         changed = [word for word in chosen if not word.startswith("+")]
         try:
-            tree = self._compose(changed)
+            tree = self._tree(changed)
             self._chosen = changed
         except COMPOSING:
-            tree = self._compose([])
+            tree = self._tree([])
             for word in changed:
                 try:
-                    tree = self._compose([*self._chosen, word])
+                    tree = self._tree([*self._chosen, word])
                     self._chosen.append(word)
                 except COMPOSING as error:
                     self.problems.append(self._not_chosen(word, error))
@@ -164,7 +165,7 @@ class Overrides:
                 self.problems.append(f"{word}: {text}")
                 continue
             try:
-                tree = self._compose([*self._chosen, word])
+                tree = self._tree([*self._chosen, word])
                 self._chosen.append(word)
             except COMPOSING as error:
                 self.problems.append(explain(error))
@@ -189,7 +190,7 @@ class Overrides:
             for value in _values(override)[1:]:
                 place, other = self._chosen.index(word), f"{word.partition('=')[0]}={value}"
                 try:
-                    yield self._compose([*self._chosen[:place], other, *self._chosen[place + 1 :]])
+                    yield self._tree([*self._chosen[:place], other, *self._chosen[place + 1 :]])
                 except COMPOSING as error:
                     self.problems.append(explain(error))
 
@@ -238,12 +239,30 @@ class Overrides:
         return f"there is no key {parent}.{name}{did_you_mean(f'{parent}.{name}', siblings)}"
 
     def _compose(self, overrides: Sequence[Any]) -> DictConfig:
+        return _compose(self.config_name, self._words(overrides))
+
+    def _tree(self, choices: Sequence[str]) -> DictConfig:
+        """The configuration of options alone, to look at: the jobs of a sweep and the arms of a comparison share it."""
+        words = self._words(choices)
+        # the files of a user's own folders may change
+        return _compose(self.config_name, words) if self._searched else _shared(self.config_name, words)
+
+    def _words(self, overrides: Sequence[Any]) -> tuple[str, ...]:
         words = [str(o.input_line if isinstance(o, Override) else o) for o in (*self._hydra_groups, *overrides)]
         words = [word for word in words if not word.startswith("hydra.searchpath=")]
-        if self._searched:
-            words.append(f"hydra.searchpath={self._searched}")
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose(self.config_name, words, return_hydra_config=True)
+        return (*words, f"hydra.searchpath={self._searched}") if self._searched else tuple(words)
+
+
+def _compose(config_name: str, words: tuple[str, ...]) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose(config_name, list(words), return_hydra_config=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _shared(config_name: str, words: tuple[str, ...]) -> DictConfig:
+    tree = _compose(config_name, words)
+    OmegaConf.set_readonly(tree, True)
+    return tree
 
 
 def _values(override: Override) -> list[Any]:
