@@ -346,10 +346,10 @@ def main(argv: list[str]) -> int:
     groups = groups_of(read_runs(options.folders), options.against)
     report = Report(groups, options.question or findings.question(groups))
     report.sizes = file_sizes(report.arms())
-    report.show()
     target = options.html or options.folders[0] / "report.html"
     write_text(target, report.html(), "--html")
     if options.md:
         write_text(options.md, report.markdown(), "--md")
+    report.show()  # after the pages: whoever reads it may leave early, as in `nanochat report RUN | head`
     print(f"\nThe page is {shown(target)}")
     return 0

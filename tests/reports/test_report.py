@@ -198,6 +198,19 @@ def test_a_page_that_cannot_be_written(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_the_page_is_there_though_the_reader_of_the_table_leaves(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", 1.25)
+
+    def left(self):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(Report, "show", left)
+    monkeypatch.setattr(nanochat.cli.sys.stderr, "close", lambda: None)
+    assert nanochat.cli.main(["report", str(run), "--md", str(tmp_path / "page.md")]) == 0
+    assert (run / "report.html").exists()
+    assert (tmp_path / "page.md").exists()
+
+
 EVIL = "task_name=<script>window.broken=1</script>|`*_x_*`"
 
 
