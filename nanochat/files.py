@@ -13,8 +13,8 @@ from typing import IO
 
 from nanochat.errors import UserError
 
-PLAIN_PATH = re.compile(r"/?[A-Za-z_][\w.-]*(/[\w.-]+)+", re.ASCII)
-"""what Hydra's grammar takes for a text without quotes; a name without a slash could be `null` or `true`"""
+PLAIN_PATH = re.compile(r"(?!(null|true|false|nan|inf)$)/?[a-z_][\w.-]*(/[\w.-]+)*", re.ASCII | re.IGNORECASE)
+"""what Hydra's grammar takes for a text without quotes"""
 
 
 @contextlib.contextmanager
@@ -96,7 +96,9 @@ def quoted(path: Path) -> str:
     """A path as a value of Hydra's grammar, whatever characters it has; in quotes where it needs them."""
     if PLAIN_PATH.fullmatch(str(path)):
         return str(path)
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # a backslash is itself, but before a quote
+    text = re.sub(r"(\\+)(?='|$)", lambda found: 2 * found[1], str(path))
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def anchored(path: str) -> str:

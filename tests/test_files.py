@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from nanochat.files import anchored, atomic_write, replacing
+from nanochat.files import anchored, atomic_write, quoted, replacing
 
 
 def listing(folder: Path) -> dict[str, str]:
@@ -96,3 +97,15 @@ def test_paths_and_globs_become_absolute(tmp_path: Path, monkeypatch: pytest.Mon
     assert anchored("[x]") == f"{place}/[x]"  # it exists
     assert anchored("~/x") == "~/x"
     assert anchored("/abs") == "/abs"
+
+
+PLAIN = ["a", "outputs/2026-11-24/12-00-00-sweep", "/tmp/x/1.5"]
+QUOTED = ["a b", "null", "True", "inf", "12", "it's", "a\\b", "a\\'b", "a\\", "ü", "x=1", "a,b", "[a]", "a:b"]
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *QUOTED])
+def test_a_path_as_hydra_reads_it(name: str) -> None:
+    text = quoted(Path(name))
+    value = OverridesParser.create().parse_override(f"hydra.run.dir={text}").value()
+    assert (value if isinstance(value, str) else value.text) == name
+    assert text.startswith("'") == (name in QUOTED)

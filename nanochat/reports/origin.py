@@ -11,7 +11,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from nanochat.config.overrides import RESUME
-from nanochat.config.schema import key_of, places_of_user
+from nanochat.config.saved_sweep import read_sweep
+from nanochat.config.schema import in_sweep, key_of, places_of_user, sweep_folder
 from nanochat.files import atomic_write, shown
 from nanochat.run_folder import read_mapping
 
@@ -57,7 +58,12 @@ def command(folder: Path) -> str:
         words = [word for word in overrides() if key_of(word) != "ckpt_path"]
         return " ".join([shlex.join(["nanochat", "train", "--resume", shown(folder), *words]), *places_of_user()])
     program = ["python", "train.py"] if Path(sys.argv[0]).name == "train.py" else ["nanochat", "train"]
-    return shlex.join([*program, *sys.argv[1:]])
+    sweep = read_sweep(sweep_folder(HydraConfig.get())) if in_sweep() else None
+    if sweep is None:
+        return shlex.join([*program, *sys.argv[1:]])
+    # a launcher may have started this process with a command line of its own
+    settings = [word for word in sweep.hydra if key_of(word) not in ("hydra.mode", "hydra.searchpath")]
+    return " ".join([shlex.join([*program, "-m", *sweep.task, *settings]), *places_of_user()])
 
 
 def _is_resume() -> bool:

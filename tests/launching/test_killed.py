@@ -101,4 +101,7 @@ def test_jobs_of_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     before = [written(folder, job) for job in "01"]
     assert launch.main(["--resume", "swept", "hydra/launcher=basic"]) == 0
     assert [written(folder, job) for job in "01"] == before
-    assert all(read_summary(folder / job)["command"].startswith("nanochat train -m model.dim=64") for job in "01")
+    said = [read_summary(folder / job)["command"] for job in "01"]
+    assert said[0] == said[1]
+    assert said[0].startswith("nanochat train -m model.dim=64 ")
+    assert said[0].endswith(" hydra.sweep.dir=swept hydra/launcher=submitit_local hydra.launcher.timeout_min=9")

@@ -283,5 +283,6 @@ def test_a_pruned_run_ends_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     after = read_summary(folder)
     assert (after["status"], after["step"]) == ("finished", 6)
     assert (after["overrides"], after["command"]) == (summary["overrides"], summary["command"])
-    assert after["command"].startswith("nanochat train -m hydra/sweeper=optuna")
+    assert after["command"].startswith("nanochat train -m model.dim=64 ")
+    assert " hydra/sweeper=optuna hydra.sweep.dir=swept " in after["command"]
     assert after["resumed_by"] == "nanochat train --resume swept/1"
