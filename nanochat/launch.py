@@ -29,8 +29,9 @@ from nanochat.config.compose import check_overrides, hydra_settings
 from nanochat.config.hydra_errors import explain
 from nanochat.config.overrides import COMPOSING, RESUME, Overrides
 from nanochat.config.saved import SavedConfig
-from nanochat.config.saved_sweep import read_sweep, resumed
+from nanochat.config.saved_sweep import resumed
 from nanochat.config.schema import CONF, NOTHING_TO_MINIMISE, sweep_folder, sweeper_minimises, user_overrides
+from nanochat.config.sweep_file import read_sweep
 from nanochat.environment import COMMAND, ranks_started
 from nanochat.errors import UserError, did_you_mean, print_error
 from nanochat.files import quoted, shown

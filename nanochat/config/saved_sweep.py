@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from nanochat.config.saved import TRUST, SavedConfig
 from nanochat.config.schema import key_of
+from nanochat.config.sweep_file import SavedSweep
 from nanochat.errors import ConfigError, UserError
 from nanochat.files import quoted
 
-FILE = "multirun.yaml"
 OURS = re.compile(r"hydra\.(sweep\.dir|run\.dir|mode)$")
 """Hydra's settings that a resume gives anew"""
 HARMLESS = re.compile(
@@ -23,39 +19,6 @@ HARMLESS = re.compile(
     r"|hydra\.launcher\.(n_jobs|timeout_min|cpus_per_task|gpus_per_node|mem_gb|nodes|tasks_per_node|array_parallelism)$"
 )
 """Hydra's settings that a stranger's sweep may make"""
-
-
-@dataclass(frozen=True)
-class SavedSweep:
-    """What a sweep was started with.
-
-    Args:
-        task: overrides of its jobs, as typed. hydra: overrides of Hydra itself.
-        cwd: the folder that relative paths are seen from; None where it is gone.
-    """
-
-    task: list[str]
-    hydra: list[str]
-    cwd: Path | None
-
-
-def read_sweep(folder: Path) -> SavedSweep | None:
-    """The command line of the sweep in a folder; None where there is no sweep.
-
-    Raises:
-        UserError: its multirun.yaml is not one that a sweep leaves.
-    """
-    path = folder / FILE
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        overrides: dict[str, Any] = found["hydra"]["overrides"]
-        cwd = Path(str(found["hydra"]["runtime"]["cwd"]))
-        task, hydra = ([str(word) for word in overrides[kind]] for kind in ("task", "hydra"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as what a sweep leaves.") from error
-    return SavedSweep(task, hydra, cwd if cwd.is_dir() else None)
 
 
 def resumed(folder: Path, name: str, saved: SavedSweep, rest: Sequence[str], trusted: bool) -> list[str]:

@@ -11,8 +11,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from nanochat.config.overrides import RESUME
-from nanochat.config.saved_sweep import read_sweep
 from nanochat.config.schema import in_sweep, key_of, places_of_user, sweep_folder
+from nanochat.config.sweep_file import read_sweep
 from nanochat.files import atomic_write, shown
 from nanochat.run_folder import read_mapping
 
