@@ -29,7 +29,7 @@ from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import GPT
 from nanochat.model.hyper_connections import HyperConnection
 from nanochat.model.rotary import rope_table
-from nanochat.run_folder import find_checkpoint
+from nanochat.run_folder import find_checkpoint, step_checkpoints
 
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
@@ -221,7 +221,14 @@ def load_run(path: str | Path, which: str | int = "last", device: str | torch.de
     """
     folder, checkpoint_path = find_checkpoint(path, which)
     config = GPTConfig.from_json(folder / "model.json")
-    checkpoint = read_checkpoint(checkpoint_path)
+    try:
+        checkpoint = read_checkpoint(checkpoint_path)
+    except DamagedCheckpointError as error:
+        others = step_checkpoints(folder / "checkpoints")
+        older = [step for step, file in others.items() if not os.path.samefile(file, checkpoint_path)]
+        if Path(path).is_file() or not older:
+            raise
+        raise DamagedCheckpointError(f"{error} --checkpoint {older[0]} reads an older one of the run.") from error
     state = checkpoint["state_dict"]
     weights = {
         name.removeprefix(GPT_PREFIX): _wide(tensor.to(device))

@@ -68,7 +68,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "loss": sum(losses) / len(losses) if losses else None,
         "val/bpb": bpbs[-1] if bpbs else as_number(summary.get("val/bpb")),
         "tokens_per_second": len(speeds) / sum(1.0 / max(speed, 1e-9) for speed in speeds) if speeds else None,
-        "seconds_left": max(0.0, left - (time.time() - beat["time"])) if left is not None else None,
+        "seconds_left": max(0.0, left - max(0.0, time.time() - beat["time"])) if left is not None else None,
         "bytes": disk_bytes(folder),
     }
 

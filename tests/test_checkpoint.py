@@ -159,6 +159,17 @@ def test_a_truncated_checkpoint_is_a_user_error(run, keep):
         load_run(run)
 
 
+def test_a_damaged_last_one_names_an_older_one(run):
+    older = random_gpt(TINY, seed=5)
+    write_run(run, older, name="step=20")
+    last = run / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"not a nanochat checkpoint\. --checkpoint 20 reads an older one"):
+        load_run(run)
+    with pytest.raises(UserError, match=r"not a nanochat checkpoint\.$"):
+        load_run(last)
+
+
 def test_a_changed_tensor_is_noticed(run):
     """torch.load alone reads what is there."""
     _, path = find_checkpoint(run)

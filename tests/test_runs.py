@@ -74,6 +74,13 @@ def test_each_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "40 of 200" in shown
 
 
+def test_a_clock_that_was_set_back_adds_no_time(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", "running", beat=-86400.0)
+    with run_lock.hold(folder):
+        found = runs.describe(folder)
+    assert (found["state"], found["seconds_left"]) == ("running", 60.0)
+
+
 def test_a_run_killed_between_two_heartbeats_has_come_as_far_as_its_rows(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", "running")
     beat = json.loads((folder / "heartbeat.json").read_text())
