@@ -244,8 +244,10 @@ class Overrides:
     def _tree(self, choices: Sequence[str]) -> DictConfig:
         """The configuration of options alone, to look at: the jobs of a sweep and the arms of a comparison share it."""
         words = self._words(choices)
-        # the files of a user's own folders may change
-        return _compose(self.config_name, words) if self._searched else _shared(self.config_name, words)
+        # the files of a user's own folders may change, and each resumed run has a configuration of its own
+        if self._searched or self.config_name == RESUME:
+            return _compose(self.config_name, words)
+        return _shared(self.config_name, words)
 
     def _words(self, overrides: Sequence[Any]) -> tuple[str, ...]:
         words = [str(o.input_line if isinstance(o, Override) else o) for o in (*self._hydra_groups, *overrides)]
