@@ -247,10 +247,12 @@ def test_a_rank_that_sleeps_ends_the_job_in_time(place: Path, strategy: str) -> 
 
 
 @pytest.mark.slow
-def test_torchrun(place: Path) -> None:
-    folder = place / "torchrun"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", *command(place, folder)[2:]]
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_torchrun(place: Path, strategy: str) -> None:
+    folder = place / f"torchrun-{strategy}"
+    run = command(place, folder, f"+trainer.strategy={strategy}")[2:]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", *run]
     done = subprocess.run(launch, env=environment(), timeout=200)
     assert done.returncode == 0
-    train_on(None, place, place / "no-torchrun", WIDE)
-    close(place / "no-torchrun", folder)
+    train_on(None, place, place / f"no-torchrun-{strategy}", WIDE)
+    close(place / f"no-torchrun-{strategy}", folder)
