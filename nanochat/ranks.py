@@ -36,6 +36,9 @@ def join(store: Store, cuda_device: int | None = None, timeout: datetime.timedel
         torch.cuda.set_device(cuda_device)
         backend = "cpu:gloo,cuda:nccl"
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # until all are there, since one machine may start more slowly than a collective may take
+    store.set(f"here-{number}", "")
+    store.wait([f"here-{rank}" for rank in range(count)], max(timeout, TIMEOUT))
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
 
 

@@ -14,7 +14,7 @@ NO_MEMORY = re.compile(r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC
 LOST = re.compile(
     r"CUDA error|cuDNN error|CUBLAS_STATUS|NCCL|gloo|collective operation timeout|ProcessGroup|"
     r"Connection (?:closed|reset) by peer|"
-    r"Timed out waiting|Socket Timeout",
+    r"Timed out waiting|Socket Timeout|Wait timeout",
     re.I,
 )
 TIMED_OUT = re.compile(r"timed? ?-?out", re.I)

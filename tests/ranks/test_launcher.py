@@ -232,7 +232,7 @@ def test_a_signal_to_the_command(place: Path, number: int, code: int) -> None:
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
 def test_a_rank_that_sleeps_ends_the_job_in_time(place: Path, strategy: str) -> None:
     folder = place / f"asleep-{strategy}"
-    more = [f"+trainer.strategy={strategy}", "trainer.max_steps=100000", "rank_timeout=5s",
+    more = [f"+trainer.strategy={strategy}", "trainer.max_steps=100000", "rank_timeout=15s",
             "callbacks.checkpoint.every_n_train_steps=1"]  # fmt: skip
     process = subprocess.Popen(command(place, folder, *more), env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for((folder / "checkpoints" / "last.ckpt").exists)
@@ -241,7 +241,7 @@ def test_a_rank_that_sleeps_ends_the_job_in_time(place: Path, strategy: str) -> 
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 75
     last = errors.strip().splitlines()[-1]
-    assert last.startswith("error: rank 1 hangs: ranks have waited for 5s (rank_timeout)")
+    assert last.startswith("error: rank 1 hangs: ranks have waited for 15s (rank_timeout)")
     assert last.endswith("last.ckpt with ckpt_path=auto.")
     assert all(not Path(f"/proc/{rank}").exists() for rank in ranks)
 

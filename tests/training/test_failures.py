@@ -26,6 +26,7 @@ LOST = [
     "NCCL error in: ProcessGroupNCCL.cpp, unhandled system error",
     "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)",
     "[gloo/transport/tcp/pair.cc] Connection closed by peer [10.0.0.2]:3244",
+    "Wait timeout",
 ]
 
 
