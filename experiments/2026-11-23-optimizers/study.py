@@ -134,7 +134,9 @@ def plot(results: dict[str, list[Result]], path: Path) -> None:
             (line,) = axes.plot([r.state_bytes / 1e6 for r in runs], [r.bpb for r in runs], "o")
             corner = (runs[0].state_bytes / 1e6, statistics.mean(r.bpb for r in runs))
             axes.annotate(name, corner, xytext=(6, 3), textcoords="offset points", color=line.get_color())
-    axes.set(xlabel="optimizer state, MB", ylabel="validation bits per byte", title="d20, vocabulary 4,096: loss and memory")
+    axes.set(
+        xlabel="optimizer state, MB", ylabel="validation bits per byte", title="d20, vocabulary 4,096: loss and memory"
+    )
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

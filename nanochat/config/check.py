@@ -16,9 +16,10 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nanochat.config.features import check_names, check_types, feature_keys, is_node
-from nanochat.config.rules import PLAIN_RULES, TORCH_RULES, Values
+from nanochat.config.rules import PLAIN_RULES, Values
 from nanochat.config.schema import NODE_GROUPS, TARGET_GROUPS, UNRESOLVED, Problem, recipe_batch
 from nanochat.config.signatures import check_arguments, check_nodes
+from nanochat.config.torch_rules import TORCH_RULES
 from nanochat.config.vocabulary import settle_vocabulary
 from nanochat.errors import ConfigError, did_you_mean
 
