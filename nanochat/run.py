@@ -184,6 +184,8 @@ def quieten() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(.*sync_dist=True")  # it is summed
+    # static hyper-connections do, and nothing writes into what a block returns
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def settle(plain: dict[str, Any]) -> dict[str, Any]:

@@ -190,6 +190,8 @@ def read_huggingface(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], str]:
         from safetensors.torch import load_file
     except ImportError as error:
         raise UserError("safetensors files need a package: pip install 'nanochat[export]'.") from error
+    if missing := [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]:
+        raise UserError(f"{folder} is not a whole exported model: it has no {' and no '.join(missing)}.")
     try:
         document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         content = load_file(str(folder / "model.safetensors"))

@@ -15,6 +15,8 @@ from nanochat.config.schema import NODE_GROUPS, PLAIN_KEYS, TARGET_GROUPS
 from nanochat.device import capabilities
 from nanochat.environment import rank_count
 
+WEIGHTS = {"bfloat16": "weights in bfloat16", "bfloat16-master": "weights in bfloat16 with float32 copies"}
+
 
 def describe_model(plain_cfg: dict[str, Any], parameters: int | None) -> str:
     """The task, the kind of weights and the sizes."""
@@ -37,6 +39,8 @@ def describe_techniques(plain_cfg: dict[str, Any], trainer: Any, module: Any) ->
     the names of the features that say nothing.
     """
     model, texts = plain_cfg["model"], []
+    if text := WEIGHTS.get(plain_cfg.get("weights") or ""):
+        texts.append(text)
     if model.get("int8") is True:
         texts.append("int8 forward and backward" if model.get("int8_backward") else "int8 forward")
     if tables := model.get("value_embeddings"):

@@ -59,7 +59,11 @@ def rows_changed(saved: dict[str, Any], cfg: dict[str, Any]) -> list[str]:
     if counts[0] == counts[1] or not all(isinstance(size, int) for size in sizes):
         return differences("data.batch_size", *sizes)
     rows = [size * count for size, count in zip(sizes, counts, strict=True)]
-    return [] if rows[0] == rows[1] else [f"data.batch_size x ranks {rows[0]} -> {rows[1]}"]
+    if rows[0] == rows[1]:
+        return []
+    size, rest = divmod(rows[0], counts[1])
+    hint = "" if rest else f" (data.batch_size={size} keeps it)"
+    return [f"data.batch_size x ranks {rows[0]} -> {rows[1]}{hint}"]
 
 
 def checkpoint_to_resume(folder: Path, ckpt_path: str | Path | None) -> Path | None:

@@ -166,7 +166,10 @@ def test_files_of_other_programs(tmp_path):
     with pytest.raises(UserError, match="not written by nanochat"):
         read_export(path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="not a whole exported model"):
+    with pytest.raises(UserError, match=r"is not a whole exported model: it has no model\.safetensors\.$"):
+        read_export(tmp_path)
+    (tmp_path / "model.safetensors").write_text("x")
+    with pytest.raises(UserError, match="is not a whole exported model: "):
         read_export(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
         read_export(tmp_path / "missing.gguf")

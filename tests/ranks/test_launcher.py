@@ -151,8 +151,10 @@ def test_more_gpus_than_there_are(place: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_rows_that_do_not_divide_are_refused_at_a_resume(place: Path, two: Pool) -> None:
     train_on(two, place, place / "divide", [*WIDE, "trainer.max_steps=2"])
-    with pytest.raises(UserError, match=r"data\.batch_size x ranks 4 -> 3"):
+    with pytest.raises(UserError, match=r"data\.batch_size x ranks 4 -> 3\. "):
         job_of(place, place / "divide", [*WIDE, "ckpt_path=last", "data.batch_size=1", "trainer.devices=3"])
+    with pytest.raises(UserError, match=r"data\.batch_size x ranks 4 -> 2 \(data\.batch_size=4 keeps it\)\."):
+        job_of(place, place / "divide", [*WIDE, "ckpt_path=last", "data.batch_size=2", "trainer.devices=1"])
 
 
 # ---- real processes --------------------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ class Header(StepCallback):
             self._compare_warmup(limit.seconds / pace)
         elif left > 0:
             took = clock_time(pace * left)
-            log.info("about %s for the %s steps left, without validations and saves", took, f"{left:,}")
+            steps = f"{left:,} step{'s' * (left > 1)}"
+            log.info("about %s for the %s left, without validations and saves", took, steps)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._timed_from = None  # only steps in a row are timed

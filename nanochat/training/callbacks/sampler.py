@@ -30,7 +30,7 @@ class TextSampler(Callback):
     0 records them; otherwise rank 0 alone has this callback.
 
     Args:
-        prompts: None: two beginnings out of the validation text.
+        prompts: None: two beginnings out of the validation text; none at all: no samples.
         max_tokens: the longest sample.
         temperature, top_k, top_p: of sampling.
         seed: of its own generators; training draws nothing from them.
@@ -90,7 +90,7 @@ class TextSampler(Callback):
         if path.exists() and _heading(trainer) in path.read_text(encoding="utf-8"):
             return None  # a finished run is validated again
         if self.prompts is not None:
-            return list(self.prompts)
+            return list(self.prompts) or None
         rows = next(iter(data.val_dataloader()))["tokens"]
         special = data.eot_id  # type: ignore[attr-defined]
         starts = [[t for t in row[:PROMPT_TOKENS].tolist() if t != special] for row in (rows[0], rows[-1])]

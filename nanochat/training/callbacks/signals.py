@@ -85,9 +85,10 @@ class Signals(StepCallback):
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
-        # a handler may interrupt a log call, so the message goes straight to stderr
-        name = signal.Signals(number).name
-        os.write(2, f"\n{name}: saving after this step; once more to leave at once.\n".encode())
+        if ranks.rank() == 0:  # all ranks get it
+            # a handler may interrupt a log call, so the message goes straight to stderr
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: saving after this step; once more to leave at once.\n".encode())
 
     def _leave(self, trainer: Trainer) -> None:
         received = int(ranks.agreed(self.received or 0))  # one rank's is every rank's

@@ -74,6 +74,13 @@ def test_the_estimate_is_of_steps_alone(monkeypatch: pytest.MonkeyPatch, caplog:
     assert [record.message for record in caplog.records] == [
         "about 0:46 for the 91 steps left, without validations and saves"
     ]
+    caplog.clear()
+    other, trainer.max_steps = Header({}, None), 10
+    with caplog.at_level(logging.INFO):
+        for step in range(7, 10):
+            now += 1.0
+            other.on_step_end(trainer, module, step)
+    assert caplog.messages == ["about 0:01 for the 1 step left, without validations and saves"]
 
 
 @pytest.mark.parametrize("by_user", [True, False])
@@ -110,4 +117,7 @@ def test_it_names_the_techniques() -> None:
     )
     off: Any = SimpleNamespace(objectives={"mtp": MultiTokenPrediction(config, weight=0)})
     trainer.callbacks = [Collider(sparsity=0)]
+    narrow = {"model": {"int8": True, "int8_backward": True}, "weights": "bfloat16-master"}
+    expected = "weights in bfloat16 with float32 copies, int8 forward and backward"
+    assert describe_techniques(narrow, trainer, off) == expected
     assert describe_techniques({"model": {"streams": 1, "int8": "auto"}}, trainer, off) == ""

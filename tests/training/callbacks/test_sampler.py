@@ -20,5 +20,10 @@ def test_resume_drops_later_samples(place: Path, whole: tuple[Path, dict[str, fl
     assert (folder / "samples.md").read_text() == text == (whole[0] / "samples.md").read_text()
 
 
+def test_no_prompts_are_no_samples(place: Path) -> None:
+    train(configure(place, [*RUN, "callbacks.sampler.prompts=[]", "trainer.max_steps=2"]), place / "silent")
+    assert not (place / "silent" / "samples.md").exists()
+
+
 def test_a_sample_cannot_end_its_block() -> None:
     assert fenced("a\n```\nb") == "````\na\n```\nb\n````"
