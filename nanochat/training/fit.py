@@ -97,7 +97,8 @@ def check_fits(cfg: dict[str, Any], free: int | None = None) -> str | None:
     cfg = plan_vocabulary(cfg)
     device = find_device(cfg["trainer"]["accelerator"])
     free = own_free_bytes(cfg) if free is None else free
-    if free is None or generous_bytes(cfg) <= free:
+    offloads = cfg.get("offload_optimizer") and leaves(device)  # into another memory, which may be the smaller one
+    if free is None or (generous_bytes(cfg) <= free and not offloads):
         return None
     memory = predict(cfg)
     if memory.offloaded and (here := free_bytes(torch.device("cpu"))) is not None and memory.offloaded > here:
